@@ -1,0 +1,320 @@
+"""Mode bench: throughput of the sampler, of the update and of workflow evaluation.
+
+The first call compiles and is not counted; every repeat has prompts that no cache has seen. Figures
+are medians over `bench.repeats`. JAX is imported inside the functions: the sandbox starts first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+
+from awf.types import Rollout, UserError
+from awf.workdir import commit, versions
+
+if TYPE_CHECKING:
+  from jax.sharding import Mesh
+
+  from awf.qwen.config import QwenConfig
+  from awf.sampler.request import Request
+
+log = logging.getLogger("awf")
+
+# device_kind contains: (bfloat16 FLOP/s, bytes/s) of one chip, from the makers' data sheets.
+PEAKS = {
+  "TPU v6 lite": (918e12, 1640e9),
+  "TPU v5 lite": (197e12, 819e9),
+  "TPU v5": (459e12, 2765e9),
+  "TPU v4": (275e12, 1228e9),
+  "H200": (989e12, 4800e9),
+  "H100": (989e12, 3350e9),
+  "A100": (312e12, 2039e9),
+  "L4": (121e12, 300e9),
+  "T4": (65e12, 320e9),
+}
+_BLOCK = 128  # contexts are rounded up to a multiple
+
+
+def run_bench(config: ConfigDict, workdir: Any) -> dict[str, Any]:
+  """Runs the benchmark that `config.bench.what` names.
+
+  Args:
+    config: resolved config.
+    workdir: directory of the run; nothing is written there.
+
+  Returns:
+    `tokens_per_second`, the sizes, every measured time, device, versions and commit.
+
+  Raises:
+    UserError: sizes that do not go together.
+  """
+  if config.bench.what == "workflow":
+    result = bench_workflow(config, workdir)
+  else:
+    result = (bench_sampler if config.bench.what == "sampler" else bench_update)(config)
+  import jax  # by now the benchmark has imported it
+
+  result.update(
+    what=config.bench.what,
+    device=jax.devices()[0].device_kind,
+    devices=jax.device_count(),
+    versions=versions(),
+    commit=commit(),
+  )
+  stats = jax.devices()[0].memory_stats() or {}
+  if "peak_bytes_in_use" in stats:
+    result["peak_memory_gb"] = round(stats["peak_bytes_in_use"] / 1e9, 3)
+  return result
+
+
+def bench_sampler(config: ConfigDict) -> dict[str, Any]:
+  """Generated tokens per second; the time covers prefill and decode of all rows."""
+  model_config, params, mesh = _load(config)
+  from awf.sampler.engine import Engine
+
+  bench, sampler = config.bench, config.sampler
+  context = -(-(bench.prompt + bench.new) // _BLOCK) * _BLOCK
+  rows = bench.batch if bench.lengths == "fixed" else min(bench.batch, sampler.rows)
+  engine = Engine(
+    model_config,
+    params,
+    rows=rows,
+    context=context,
+    prefill_rows=min(sampler.prefill_rows, bench.batch // bench.group),
+    steps_per_dispatch=sampler.steps_per_dispatch,
+    strict=sampler.strict,
+    mesh=_placement(mesh),
+  )
+  drawn: list[int] = []
+
+  def call(salt: int) -> None:
+    requests = sampler_requests(config, model_config.vocab_size, salt)
+    outputs = engine.generate(requests)
+    drawn.append(sum(len(o.token_ids) for group in outputs for o in group))
+
+  try:
+    first, seconds = _time(call, bench.repeats)
+  finally:
+    engine.close()
+  speeds = [tokens / s for tokens, s in zip(drawn[1:], seconds, strict=True)]
+  speed = statistics.median(speeds)
+  weights = model_config.num_parameters * params["norm"]["scale"].dtype.itemsize
+  return {
+    "tokens_per_second": round(speed, 1),
+    **_sizes(config),
+    "rows": rows,
+    "context": context,
+    "strict": sampler.strict,
+    "seconds": seconds,
+    "first_call_seconds": first,
+    **_model_facts(model_config, params),
+    **_utilisation(2 * model_config.num_parameters * speed, weights * speed / rows),
+  }
+
+
+def sampler_requests(config: ConfigDict, vocab_size: int, salt: int) -> list[Request]:
+  """Requests of one repeat: prompts differ from their first token on, and between repeats.
+
+  With `bench.lengths` "mixed", prompts and completions have lengths uniform in [1/8, 1] of
+  `bench.prompt` and `bench.new`, the same in every repeat.
+  """
+  from awf.sampler.request import Request
+
+  bench, requests = config.bench, []
+  low = min(100, vocab_size // 4)
+  draw = random.Random(config.seed)
+  for i in range(bench.batch // bench.group):
+    prompt, new = bench.prompt, bench.new
+    if bench.lengths == "mixed":
+      prompt = draw.randint(max(1, prompt // 8), prompt)
+      new = draw.randint(max(1, new // 8), new)
+    ids = (low + (salt * 7919 + i * 104729 + j * 31) % (vocab_size - low) for j in range(prompt))
+    requests.append(
+      Request(
+        prompt_ids=tuple(ids),
+        n=bench.group,
+        seed=config.seed * 1_000_003 + salt * 1_009 + i,
+        temperature=config.sampler.temperature,
+        top_p=config.sampler.top_p,
+        top_k=config.sampler.top_k,
+        max_new_tokens=new,
+        ignore_eos=True,
+      )
+    )
+  return requests
+
+
+def bench_update(config: ConfigDict) -> dict[str, Any]:
+  """Prompt and completion tokens per second of one GRPO update (forward, backward, optimiser)."""
+  model_config, params, mesh = _load(config)
+  import jax
+
+  from awf.grpo.config import GRPOConfig, OptimConfig
+  from awf.grpo.trainer import GRPOTrainer
+  from awf.qwen.lora import LoRAConfig, init_lora
+
+  bench = config.bench
+  group = bench.group if bench.group > 1 else config.grpo.group_size
+  if bench.batch % group:
+    raise UserError(
+      f"config.bench.batch = {bench.batch}: expected a multiple of the group of {group} rows "
+      "(config.bench.group, or config.grpo.group_size where that is 1)"
+    )
+  lora_config = LoRAConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+  key_lora, key = jax.random.split(jax.random.key(config.seed))
+  grpo = dataclasses.replace(GRPOConfig.from_config(config.grpo), group_size=group)
+  trainer = GRPOTrainer(
+    model_config,
+    params,
+    init_lora(model_config, lora_config, key_lora),
+    lora_config,
+    grpo,
+    OptimConfig.from_config(config.optim, bench.repeats + 1),
+    mesh,
+    key,
+  )
+
+  def call(salt: int) -> None:
+    trainer.update(update_rollouts(config, group, model_config.vocab_size, salt))
+    jax.block_until_ready(trainer.state)
+
+  first, seconds = _time(call, bench.repeats)
+  tokens = bench.batch * (bench.prompt + bench.new)
+  speed = tokens / statistics.median(seconds)
+  passes = 4 * grpo.steps_per_batch + 2  # forward and backward to the activations; old log-probs
+  return {
+    "tokens_per_second": round(speed, 1),
+    "seconds_per_step": round(statistics.median(seconds), 4),
+    **_sizes(config),
+    "group": group,
+    "micro_batch": grpo.micro_batch,
+    "lora_rank": lora_config.rank,
+    "seconds": seconds,
+    "first_call_seconds": first,
+    **_model_facts(model_config, params),
+    **_utilisation(passes * model_config.num_parameters * speed, 0.0),
+  }
+
+
+def update_rollouts(config: ConfigDict, group: int, vocab_size: int, salt: int) -> list[Rollout]:
+  """Random rows of full length whose rewards differ within each group."""
+  bench = config.bench
+  draw = random.Random(f"{config.seed}/{salt}")
+  rollouts = []
+  for i in range(bench.batch):
+    if i % group == 0:
+      prompt = tuple(draw.randrange(vocab_size) for _ in range(bench.prompt))
+    rollouts.append(
+      Rollout(
+        group=f"{salt}/{i // group}",
+        prompt_ids=prompt,
+        token_ids=tuple(draw.randrange(vocab_size) for _ in range(bench.new)),
+        logprobs=(-1.0,) * bench.new,
+        reward=float(i % 2),
+      )
+    )
+  return rollouts
+
+
+def bench_workflow(config: ConfigDict, workdir: Any) -> dict[str, Any]:
+  """Seed workflow on `bench.batch` validation problems at once: sandbox, calls, sampler."""
+  import asyncio
+
+  from awf.system import System
+
+  with System(config, workdir) as system:
+    problems = system.validation[: config.bench.batch]
+    tokens, failed = [], []
+
+    def call(salt: int) -> None:
+      runner = system.runner(salt)  # noise and caches of its own
+
+      async def run_all() -> list[Any]:
+        return await asyncio.gather(*(runner.run(system.seed_source, p) for p in problems))
+
+      results = asyncio.run(run_all())
+      failed.append(sum(r.failure is not None for r in results))
+      tokens.append(sum(r.completion_tokens for r in results))
+
+    first, seconds = _time(call, config.bench.repeats)
+    facts = _model_facts(system.policy.config, system.policy.params)
+  speeds = [n / s for n, s in zip(tokens[1:], seconds, strict=True)]
+  return {
+    "tokens_per_second": round(statistics.median(speeds), 1),
+    "workflows_per_second": round(len(problems) / statistics.median(seconds), 2),
+    "batch": len(problems),
+    "failed": max(failed),
+    "concurrency": config.executor.concurrency,
+    "rows": config.sampler.rows,
+    "seconds": seconds,
+    "first_call_seconds": first,
+    **facts,
+  }
+
+
+def _load(config: ConfigDict) -> tuple[QwenConfig, Any, Mesh]:
+  """Architecture, parameters and mesh; no tokenizer is needed."""
+  import jax
+
+  from awf.policy import dtype_name
+  from awf.qwen import hf
+  from awf.runtime_setup import setup_jax
+  from awf.sharding import make_mesh
+
+  setup_jax()
+  mesh = make_mesh(**config.mesh)
+  path = hf.resolve_path(config.model.path)
+  model_config = hf.load_config(path, dtype_name(config.model.compute_dtype, "compute_dtype"))
+  dtype = dtype_name(config.model.dtype, "dtype")
+  params = hf.load_params(path, model_config, dtype, _placement(mesh))
+  return model_config, jax.block_until_ready(params), mesh
+
+
+def _placement(mesh: Mesh) -> Mesh | None:
+  """A mesh of one device is the default device."""
+  return mesh if mesh.size > 1 else None
+
+
+def _time(call: Callable[[int], None], repeats: int) -> tuple[float, list[float]]:
+  """Seconds of the first call (compiles) and of each repeat."""
+  seconds = []
+  for salt in range(repeats + 1):
+    start = time.perf_counter()
+    call(salt)
+    seconds.append(round(time.perf_counter() - start, 4))
+    log.info("bench call %d of %d: %.3f s", salt, repeats, seconds[-1])
+  return seconds[0], seconds[1:]
+
+
+def _sizes(config: ConfigDict) -> dict[str, Any]:
+  return {k: config.bench[k] for k in ("batch", "prompt", "new", "group", "lengths")}
+
+
+def _model_facts(model_config: QwenConfig, params: Any) -> dict[str, Any]:
+  return {
+    "parameters": model_config.num_parameters,
+    "dtype": str(params["norm"]["scale"].dtype),
+    "compute_dtype": model_config.dtype,
+  }
+
+
+def _utilisation(flops_per_second: float, bytes_per_second: float) -> dict[str, float]:
+  """Shares of the chips' peaks (weights only, attention left out); empty for unknown chips."""
+  import jax
+
+  kind = jax.devices()[0].device_kind
+  peak = next((p for name, p in PEAKS.items() if name in kind), None)
+  if peak is None:
+    return {}
+  chips = jax.device_count()
+  out = {"mfu": round(flops_per_second / peak[0] / chips, 4)}
+  if bytes_per_second:
+    out["mbu"] = round(bytes_per_second / peak[1] / chips, 4)
+  return out

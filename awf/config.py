@@ -1,0 +1,249 @@
+"""Checks every config value and combination before a model is loaded or a device touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from awf.config_io import PATH_FIELDS, find_path, flatten, get_field
+from awf.types import UserError
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+QUICKSTART = "configs/quickstart.py"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """A test of one value and the words for what was expected."""
+
+  holds: Callable[[Any], bool]
+  expected: str
+
+
+def one_of(*known: str) -> Rule:
+  return Rule(lambda v: v in known, f"one of {', '.join(known)}")
+
+
+def at_least(low: float) -> Rule:
+  return Rule(lambda v: v >= low, f"at least {low:g}")
+
+
+def between(low: float, high: float) -> Rule:
+  return Rule(lambda v: low <= v <= high, f"a number in [{low:g}, {high:g}]")
+
+
+def above(low: float, high: float = math.inf) -> Rule:
+  limit = f" and at most {high:g}" if high < math.inf else ""
+  return Rule(lambda v: low < v <= high, f"more than {low:g}{limit}")
+
+
+_DTYPES = one_of("auto", "float32", "bfloat16")
+_SHARE = between(0, 1)
+_SAMPLING = {
+  "temperature": between(0, 10),
+  "top_p": above(0, 1),
+  "top_k": at_least(0),
+  "max_new_tokens": at_least(1),
+}
+_MESH = Rule(lambda v: v == -1 or v >= 1, "a positive size, or -1 for what is left")
+
+RULES: dict[str, Rule] = {
+  "seed": between(0, 2**31 - 1),
+  "name": Rule(
+    lambda v: bool(re.fullmatch(r"[\w.-]+", v)), "letters, digits, dots, dashes and underscores"
+  ),
+  "model.dtype": _DTYPES,
+  "model.compute_dtype": _DTYPES,
+  "model.quant": one_of("none"),
+  "model.architecture.family": one_of("qwen2", "qwen3"),
+  "model.architecture.vocab_size": at_least(0),
+  "sft.save_dtype": one_of("float32", "bfloat16", "float16"),
+  "lora.rank": at_least(1),
+  "lora.alpha": above(0),
+  "lora.targets": Rule(
+    lambda v: bool(v) and set(v) <= set(LORA_TARGETS) and len(set(v)) == len(v),
+    f"some of {', '.join(LORA_TARGETS)}, each once",
+  ),
+  **{f"{group}.{k}": rule for group in ("sampler", "executor") for k, rule in _SAMPLING.items()},
+  "sampler.rows": at_least(1),
+  "sampler.context": at_least(16),
+  "sampler.prefill_rows": at_least(1),
+  "sampler.steps_per_dispatch": at_least(1),
+  "executor.concurrency": at_least(1),
+  "task.limit": at_least(0),
+  "task.validation_share": Rule(lambda v: 0 < v < 1, "a share strictly between 0 and 1"),
+  "sandbox.workers": at_least(0),
+  "sandbox.max_children": at_least(1),
+  "sandbox.cpu_seconds": above(0),
+  "sandbox.wall_seconds": above(0),
+  "sandbox.memory_mb": at_least(64),
+  "sandbox.output_bytes": at_least(1000),
+  "sandbox.max_calls": at_least(1),
+  "search.scope": one_of("dataset"),
+  "search.selection": one_of("aflow", "uct"),
+  "search.rounds": at_least(0),
+  "search.parents": at_least(1),
+  "search.sample": at_least(1),
+  "search.mix_lambda": _SHARE,
+  "search.mix_alpha": at_least(0),
+  "search.uct_c": at_least(0),
+  "search.prompt": one_of("full", "compact"),
+  "search.logs": at_least(0),
+  "search.experience": at_least(0),
+  "search.smoke_problems": at_least(1),
+  "search.subset_problems": at_least(1),
+  "search.full_problems": at_least(0),
+  "search.full_top": at_least(0),
+  "search.start_share": _SHARE,
+  "search.driver": one_of("awf"),
+  "grpo.group_size": at_least(2),
+  "grpo.advantage": one_of("grpo", "dr_grpo"),
+  "grpo.std_eps": above(0),
+  "grpo.clip_low": between(0, 1),
+  "grpo.clip_high": at_least(0),
+  "grpo.beta": at_least(0),
+  "grpo.aggregation": one_of("token_mean"),
+  "grpo.steps_per_batch": at_least(1),
+  "grpo.micro_batch": at_least(1),
+  "grpo.vocab_chunk": at_least(1),
+  "optim.learning_rate": at_least(0),
+  "optim.schedule": one_of("constant", "cosine", "linear"),
+  "optim.warmup_steps": at_least(0),
+  "optim.total_steps": at_least(0),
+  "optim.weight_decay": at_least(0),
+  "optim.b1": Rule(lambda v: 0 <= v < 1, "a number in [0, 1)"),
+  "optim.b2": Rule(lambda v: 0 <= v < 1, "a number in [0, 1)"),
+  "optim.eps": above(0),
+  "optim.grad_clip": at_least(0),
+  "train.epochs": at_least(1),
+  "train.episodes": at_least(1),
+  "train.problems": at_least(0),
+  "train.checkpoint_every": at_least(1),
+  "train.keep_checkpoints": at_least(1),
+  "train.minutes": at_least(0),
+  "eval.samples": at_least(1),
+  "eval.pass_k": Rule(lambda v: bool(v) and all(k >= 1 for k in v), "positive integers"),
+  "eval.problems": at_least(0),
+  "eval.parent_count": at_least(0),
+  "eval.proposals_per_parent": at_least(1),
+  "eval.parent_problems": at_least(1),
+  "eval.bootstrap": at_least(100),
+  "mesh.data": _MESH,
+  "mesh.fsdp": _MESH,
+  "mesh.tensor": _MESH,
+  "sft.weights": one_of("lora", "all"),
+  "sft.steps": at_least(1),
+  "sft.batch": at_least(1),
+  "sft.length": at_least(8),
+  "sft.prompt_weight": _SHARE,
+  "sft.log_every": at_least(1),
+  "bench.what": one_of("sampler", "update", "workflow"),
+  "bench.batch": at_least(1),
+  "bench.prompt": at_least(1),
+  "bench.new": at_least(1),
+  "bench.group": at_least(1),
+  "bench.lengths": one_of("fixed", "mixed"),
+  "bench.repeats": at_least(1),
+  "backup.keep": at_least(1),
+}
+
+
+def validate(config: ConfigDict, mode: str = "train") -> None:
+  """Checks ranges, combinations and named files of a config for one mode.
+
+  Raises:
+    UserError: the first value that cannot work: field, what was expected, what it is.
+  """
+  for name, value in flatten(config).items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f"config.{name} = {value}: expected a finite number")
+    rule = RULES.get(name)
+    if rule and not rule.holds(value):
+      raise UserError(f"config.{name} = {value!r}: expected {rule.expected}")
+  _check_combinations(config)
+  from_nothing = mode == "sft" and not config.model.path and config.model.architecture.vocab_size
+  if mode != "report" and not from_nothing:
+    _check_model(config)
+  if mode == "sft" and not config.sft.path:
+    raise UserError(
+      "config.sft.path is empty: mode sft needs JSON lines of {prompt, response}; set "
+      "--config.sft.path"
+    )
+  for name in PATH_FIELDS:
+    text = get_field(config, name)
+    if text and name not in ("model.path", "lora.init_path") and not find_path(text).exists():
+      raise UserError(
+        f"config.{name} = {text!r}: no such file; set --config.{name} to one that exists"
+      )
+
+
+def _check_combinations(config: ConfigDict) -> None:
+  """Values that are fine alone and wrong together."""
+  c = config
+  for field in ("sampler.max_new_tokens", "executor.max_new_tokens"):
+    if get_field(c, field) >= c.sampler.context:
+      raise UserError(
+        f"config.{field} = {get_field(c, field)} leaves no room for a prompt in "
+        f"config.sampler.context = "
+        f"{c.sampler.context}; lower the first or raise the second"
+      )
+  if max(c.eval.pass_k) > c.eval.samples:
+    raise UserError(
+      f"config.eval.pass_k = {c.eval.pass_k}: pass@k needs at least k samples; "
+      f"raise config.eval.samples = {c.eval.samples} to {max(c.eval.pass_k)}"
+    )
+  if c.bench.batch % c.bench.group:
+    raise UserError(
+      f"config.bench.batch = {c.bench.batch} counts rows: expected a multiple of "
+      f"config.bench.group = {c.bench.group}"
+    )
+  sizes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
+  if sizes.count(-1) > 1:
+    raise UserError(
+      f"config.mesh.data, config.mesh.fsdp, config.mesh.tensor = {sizes}: at most one may be -1"
+    )
+  if 0 < c.optim.total_steps < c.optim.warmup_steps:
+    raise UserError(
+      f"config.optim.warmup_steps = {c.optim.warmup_steps}: expected at most "
+      f"config.optim.total_steps = "
+      f"{c.optim.total_steps}"
+    )
+  if c.search.start_share > 0 and not c.search.starts:
+    raise UserError(
+      "config.search.start_share > 0 needs start workflows: set config.search.starts, or "
+      "config.search.start_share=0"
+    )
+  if c.eval.parent_count > 0 and not c.eval.parents:
+    raise UserError(
+      "config.eval.parent_count > 0 needs held-out parents: set config.eval.parents, or "
+      "config.eval.parent_count=0"
+    )
+  if c.sandbox.wall_seconds < c.sandbox.cpu_seconds:
+    raise UserError(
+      f"config.sandbox.wall_seconds = {c.sandbox.wall_seconds:g}: expected at least "
+      f"config.sandbox.cpu_seconds = {c.sandbox.cpu_seconds:g}"
+    )
+
+
+def _check_model(config: ConfigDict) -> None:
+  """The model is a directory with a config.json, or looks like a hub id (`owner/name`)."""
+  text = config.model.path
+  hint = (
+    "set --config.model.path to a Hugging Face directory, or try "
+    f"--config={QUICKSTART}, which needs no download"
+  )
+  if not text:
+    raise UserError(f"config.model.path is empty; {hint}")
+  path = find_path(text)
+  if path.exists():
+    if not Path(path, "config.json").is_file():
+      raise UserError(f"config.model.path = {text!r} has no config.json; {hint}")
+  elif not _HUB_ID.fullmatch(text):
+    raise UserError(f"config.model.path = {text!r}: no such directory; {hint}")

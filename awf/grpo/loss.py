@@ -1,0 +1,254 @@
+"""Token losses through the head, in chunks of tokens: logits of a whole batch never exist.
+
+The gradient with respect to the hidden states is made in the forward pass, chunk by chunk, while a
+chunk's logits are at hand; nothing of vocabulary size is kept or recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from awf.grpo.config import GRPOConfig
+
+HEAD_CHUNK = 512  # tokens; at a vocabulary of about 1,000 a chunk's logits stay in a CPU's cache
+
+
+def _chunks(x: jax.Array, chunk: int) -> jax.Array:
+  """[n, ...] -> [ceil(n / chunk), chunk, ...], zero-padded."""
+  missing = -x.shape[0] % chunk
+  if missing:
+    x = jnp.concatenate([x, jnp.zeros((missing, *x.shape[1:]), x.dtype)])
+  return x.reshape(-1, chunk, *x.shape[1:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def weighted_nll(
+  kernel_DV: jax.Array,
+  hidden_nD: jax.Array,
+  target_n: jax.Array,
+  weight_n: jax.Array,
+  is_head_trained: bool = True,
+  chunk: int = HEAD_CHUNK,
+) -> jax.Array:
+  """Sum of weight x negative log-likelihood of the targets, float32.
+
+  The gradient is made in the forward pass, chunk by chunk, so that logits are computed once.
+
+  Args:
+    kernel_DV: head weights.
+    hidden_nD: final hidden states, one per position.
+    target_n: int32 ids in [0, V).
+    weight_n: float32; positions with weight 0 cost time but add nothing. No gradient is given for it.
+    is_head_trained: False gives the kernel a zero gradient and saves its matmul.
+    chunk: positions whose logits exist at a time.
+  """
+  return _nll(kernel_DV, hidden_nD, target_n, weight_n, False, False, chunk)[0]
+
+
+def _nll(kernel, hidden, target, weight, with_grad, with_kernel_grad, chunk):
+  chunk = min(chunk, hidden.shape[0])
+  num_v = kernel.shape[1]
+  cast = kernel.astype(hidden.dtype)
+
+  def one(carry, x):
+    total, d_kernel = carry
+    h, t, w = x
+    logits = (h @ cast).astype(jnp.float32)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exp = jnp.exp(logits - top)
+    norm = jnp.sum(exp, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, t[:, None], axis=-1)
+    total += jnp.sum(w * (top + jnp.log(norm) - chosen)[:, 0])
+    if not with_grad:
+      return (total, d_kernel), None
+    is_target = jnp.arange(num_v)[None] == t[:, None]
+    d_logits = exp * (w[:, None] / norm) - jnp.where(is_target, w[:, None], 0.0)
+    d_logits = d_logits.astype(h.dtype)
+    if with_kernel_grad:
+      d_kernel += (h.T @ d_logits).astype(jnp.float32)
+    return (total, d_kernel), d_logits @ cast.T
+
+  d_kernel = jnp.zeros(kernel.shape if with_kernel_grad else (), jnp.float32)
+  xs = (_chunks(hidden, chunk), _chunks(target, chunk), _chunks(weight, chunk))
+  (total, d_kernel), d_hidden = jax.lax.scan(one, (jnp.float32(0), d_kernel), xs)
+  if with_grad:
+    d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+  return total, d_kernel, d_hidden
+
+
+def _nll_fwd(kernel, hidden, target, weight, is_head_trained, chunk):
+  total, d_kernel, d_hidden = _nll(kernel, hidden, target, weight, True, is_head_trained, chunk)
+  return total, (d_kernel, d_hidden, kernel, target)
+
+
+def _nll_bwd(is_head_trained, chunk, saved, g):
+  del chunk
+  d_kernel, d_hidden, kernel, target = saved
+  if is_head_trained:
+    d_kernel = (d_kernel * g).astype(kernel.dtype)
+  else:
+    d_kernel = jnp.zeros_like(kernel)
+  no_grad = jnp.zeros(target.shape, jax.dtypes.float0)
+  return d_kernel, d_hidden * g.astype(d_hidden.dtype), no_grad, jnp.zeros(target.shape)
+
+
+weighted_nll.defvjp(_nll_fwd, _nll_bwd)
+
+
+# fn(logits_BcV, data with leaves [B, c], scalars) -> (loss, aux with leaves [B, c])
+TokenLoss = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def head_loss(
+  kernel_DV: jax.Array,
+  hidden_BUD: jax.Array,
+  data: Any,
+  scalars: Any,
+  num_targets: jax.Array,
+  fn: TokenLoss,
+  chunk: int = HEAD_CHUNK,
+) -> tuple[jax.Array, Any]:
+  """Sum of `fn` over chunks of the U axis, with a frozen head.
+
+  Args:
+    kernel_DV: head weights; they get no gradient.
+    hidden_BUD: final hidden states of the positions that predict a target.
+    data: leaves [B, U], cut like hidden; no gradient.
+    scalars: further arguments of fn; no gradient.
+    num_targets: int32 scalar; chunks at and after it are not computed (their aux is 0).
+    fn: the loss of one chunk; must give 0 for positions that are no targets.
+    chunk: positions per row whose logits exist at a time.
+
+  Returns:
+    (loss, aux with leaves [B, U]).
+  """
+  return _head_loss(kernel_DV, hidden_BUD, data, scalars, num_targets, fn, chunk, False)[:2]
+
+
+def _head_loss(kernel, hidden, data, scalars, num_targets, fn, chunk, with_grad):
+  size = hidden.shape[1]
+  chunk = min(chunk, size)
+  pad = -size % chunk
+
+  def padded(x):
+    return jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)) if pad else x
+
+  hidden, data = jax.tree.map(padded, (hidden, data))
+  cast = kernel.astype(hidden.dtype)
+
+  def of_chunk(h, d):
+    return fn((h @ cast).astype(jnp.float32), d, scalars)
+
+  def one(i, carry):
+    total, aux, d_hidden = carry
+    h, d = jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 1), (hidden, data)
+    )
+    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=1)
+    if with_grad:
+      (loss, new), d_h = jax.value_and_grad(of_chunk, has_aux=True)(h, d)
+      d_hidden = put(d_hidden, d_h)
+    else:
+      loss, new = of_chunk(h, d)
+    return total + loss, jax.tree.map(put, aux, new), d_hidden
+
+  first = jax.tree.map(lambda x: x[:, :chunk], (hidden, data))
+  loss, aux = jax.eval_shape(of_chunk, *first)
+  aux = jax.tree.map(lambda x: jnp.zeros((x.shape[0], size + pad, *x.shape[2:]), x.dtype), aux)
+  zero = (jnp.zeros((), loss.dtype), aux, jnp.zeros_like(hidden) if with_grad else None)
+  num_chunks = (num_targets + chunk - 1) // chunk
+  total, aux, d_hidden = jax.lax.fori_loop(0, num_chunks, one, zero)
+  if with_grad:
+    d_hidden = d_hidden[:, :size]
+  return total, jax.tree.map(lambda x: x[:, :size], aux), d_hidden
+
+
+def _head_loss_fwd(kernel, hidden, data, scalars, num_targets, fn, chunk):
+  total, aux, d_hidden = _head_loss(kernel, hidden, data, scalars, num_targets, fn, chunk, True)
+  return (total, aux), (d_hidden, kernel, data, scalars, num_targets)
+
+
+def _head_loss_bwd(fn, chunk, saved, g):
+  del fn, chunk
+  d_hidden, kernel, data, scalars, num_targets = saved
+  none = jax.tree.map(_no_grad, (data, scalars, num_targets))
+  return (jnp.zeros_like(kernel), d_hidden * g[0].astype(d_hidden.dtype), *none)
+
+
+def _no_grad(x):
+  if jnp.issubdtype(x.dtype, jnp.floating):
+    return jnp.zeros_like(x)
+  return jnp.zeros(x.shape, jax.dtypes.float0)
+
+
+head_loss.defvjp(_head_loss_fwd, _head_loss_bwd)
+
+
+def logp_and_entropy(logits_xV: jax.Array, target_x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Log-probability of each target and entropy of its distribution, nats, float32."""
+  top = jax.lax.stop_gradient(jnp.max(logits_xV, axis=-1, keepdims=True))
+  shifted = logits_xV - top
+  exp = jnp.exp(shifted)
+  norm = jnp.sum(exp, axis=-1)
+  # A select and a sum, not a gather: its gradient is no scatter.
+  is_target = jnp.arange(logits_xV.shape[-1]) == target_x[..., None]
+  chosen = jnp.sum(jnp.where(is_target, shifted, 0.0), axis=-1)
+  log_norm = jnp.log(norm)
+  return chosen - log_norm, log_norm - jnp.sum(exp * shifted, axis=-1) / norm
+
+
+def policy_terms(
+  logp: jax.Array, old_logp: jax.Array, advantage: jax.Array, config: GRPOConfig
+) -> tuple[jax.Array, jax.Array]:
+  """Clipped surrogate and ratio of each token.
+
+  Returns:
+    (-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r) with r = exp(logp - old_logp).
+
+  Source: PPO, arXiv:1707.06347, eq. 7; the two-sided range of DAPO, arXiv:2503.14476, eq. 10.
+  """
+  ratio = jnp.exp(logp - old_logp)
+  clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
+  return -jnp.minimum(ratio * advantage, clipped * advantage), ratio
+
+
+def k3(logp: jax.Array, ref_logp: jax.Array) -> jax.Array:
+  """Unbiased, non-negative estimate of KL(policy || reference) per token (Schulman's k3)."""
+  diff = ref_logp - logp
+  return jnp.exp(diff) - diff - 1.0
+
+
+def grpo_token_loss(
+  logits_BcV: jax.Array, data: dict, scalars: dict, *, config: GRPOConfig, temperature: float
+) -> tuple[jax.Array, dict]:
+  """The GRPO objective summed over one chunk of target tokens, for `head_loss`.
+
+  Args:
+    logits_BcV: float32.
+    data: leaves [B, c]: target int32, is_target bool, advantage, old_logp, ref_logp float32.
+    scalars: has_old (bool; False takes the old log-probs to be the present ones) and total (tokens
+      of the global batch, by which the sum is divided).
+    config: clip range, beta, entropy_coef.
+    temperature: of the sampler; the policy is the tempered softmax.
+
+  Returns:
+    (loss, {"logp", "entropy"} [B, c], 0 where there is no target).
+  """
+  if temperature != 1.0:
+    logits_BcV = logits_BcV / temperature
+  logp, entropy = logp_and_entropy(logits_BcV, data["target"])
+  old_logp = jnp.where(scalars["has_old"], data["old_logp"], jax.lax.stop_gradient(logp))
+  loss, _ = policy_terms(logp, old_logp, data["advantage"], config)
+  if config.beta:
+    loss += config.beta * k3(logp, data["ref_logp"])
+  if config.entropy_coef:
+    loss -= config.entropy_coef * entropy
+  is_target = data["is_target"]
+  aux = {"logp": jnp.where(is_target, logp, 0.0), "entropy": jnp.where(is_target, entropy, 0.0)}
+  return jnp.sum(jnp.where(is_target, loss, 0.0)) / scalars["total"], aux

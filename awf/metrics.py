@@ -1,0 +1,233 @@
+"""MetricsLogger: results and timings of a run as JSON lines, CSV and TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+Level = Literal["batch", "epoch"]
+TIMING_PREFIXES = ("perf/", "time/")  # wall-clock values: never in metrics.jsonl or metrics.csv
+_KEYS = ("level", "epoch", "step")  # of every row; the rest are metrics
+
+
+class MetricsLogger:
+  """Writes metrics.jsonl, metrics.csv (both a function of config and seed), timings.jsonl and tb/.
+
+  A metric is a name and a number: `logger.log(step, {"my/metric": 0.5})` adds one. Names that start
+  with `perf/` or `time/` are timings wherever they are passed.
+
+  Args:
+    workdir: the run's directory; made when it is not there. Rows found there are kept.
+    tensorboard: write event files.
+  """
+
+  def __init__(self, workdir: str | os.PathLike[str], tensorboard: bool = True):
+    self.path = pathlib.Path(workdir)
+    self.path.mkdir(parents=True, exist_ok=True)
+    self._results = self.path / "metrics.jsonl"
+    self._timings = self.path / "timings.jsonl"
+    self._csv = self.path / "metrics.csv"
+    self._rows = read_rows(self._results)
+    # A crash can leave half a line behind, which would spoil the next one.
+    write_atomic(self._results, _lines(self._rows))
+    write_atomic(self._timings, _lines(read_rows(self._timings)))
+    self._columns: list[str] = []
+    self._write_csv()
+    self._tensorboard = tensorboard
+    self._writer: Any = None
+
+  @property
+  def rows(self) -> list[dict[str, Any]]:
+    """All result rows, oldest first."""
+    return [dict(row) for row in self._rows]
+
+  def log(
+    self,
+    step: int,
+    results: Mapping[str, Any],
+    timings: Mapping[str, Any] | None = None,
+    epoch: int = 0,
+    level: Level = "batch",
+  ) -> None:
+    """Writes one row.
+
+    Args:
+      step: optimiser step or search round, >= 0; rows come in the order of their steps.
+      results: name -> number (Python, NumPy or JAX scalar); NaN and infinities are stored as null.
+      timings: name -> number that depends on the machine: seconds, throughput, memory.
+      epoch: of the training loop.
+      level: "batch", or "epoch" for an aggregate.
+
+    Raises:
+      ValueError: a name that rows use themselves, a value that is no number, a step that is too
+        early.
+    """
+    if self._rows and step < self._rows[-1]["step"]:
+      raise ValueError(f"expected step >= {self._rows[-1]['step']}, got {step}: truncate() first")
+    values = {name: _number(name, value) for name, value in results.items()}
+    clock = {name: _number(name, value) for name, value in (timings or {}).items()}
+    clock |= {name: values.pop(name) for name in list(values) if name.startswith(TIMING_PREFIXES)}
+    head = {"level": level, "epoch": int(epoch), "step": int(step)}
+    if values or not clock:
+      self._add({**head, **dict(sorted(values.items()))})
+    if clock:
+      _append(self._timings, _lines([{**head, **dict(sorted(clock.items()))}]))
+    self._log_tensorboard(level, int(epoch), int(step), {**values, **clock})
+
+  def log_epoch(
+    self, epoch: int, step: int, extra: Mapping[str, Any] | None = None
+  ) -> dict[str, float | None]:
+    """Writes the epoch's row: the mean of every batch metric of the epoch, and `extra` as it is.
+
+    Read from the batch rows themselves, so an epoch that was interrupted gives the same row.
+    """
+    batches = [row for row in self._rows if row["level"] == "batch" and row["epoch"] == epoch]
+    means: dict[str, float | None] = {}
+    for name in sorted({name for row in batches for name in row} - set(_KEYS)):
+      values = [row[name] for row in batches if row.get(name) is not None]
+      means[name] = math.fsum(values) / len(values) if values else None
+    means |= {name: _number(name, value) for name, value in (extra or {}).items()}
+    self.log(step, means, epoch=epoch, level="epoch")
+    return means
+
+  def truncate(self, step: int) -> int:
+    """Drops rows past a checkpoint's step, so that a resumed run writes them again.
+
+    Args:
+      step: last step that the checkpoint covers; -1 drops everything.
+
+    Returns:
+      Number of result rows dropped.
+    """
+    kept = [row for row in self._rows if row["step"] <= step]
+    dropped = len(self._rows) - len(kept)
+    self._rows = kept
+    write_atomic(self._results, _lines(kept))
+    timings = [row for row in read_rows(self._timings) if row["step"] <= step]
+    write_atomic(self._timings, _lines(timings))
+    self._write_csv()
+    self._close_writer()
+    self._open_writer(purge_step=step + 1)
+    return dropped
+
+  def close(self) -> None:
+    """Flushes and closes the event file; the other files are complete after every `log`."""
+    self._close_writer()
+
+  def __enter__(self) -> MetricsLogger:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def _add(self, row: dict[str, Any]) -> None:
+    self._rows.append(row)
+    _append(self._results, _lines([row]))
+    if set(row) <= set(self._columns):
+      _append(self._csv, _table([row], self._columns))
+    else:
+      self._write_csv()
+
+  def _write_csv(self) -> None:
+    names = sorted({name for row in self._rows for name in row} - set(_KEYS))
+    self._columns = [*_KEYS, *names]
+    header = io.StringIO()
+    csv.writer(header, lineterminator="\n").writerow(self._columns)
+    write_atomic(self._csv, header.getvalue() + _table(self._rows, self._columns))
+
+  def _log_tensorboard(
+    self, level: Level, epoch: int, step: int, values: Mapping[str, float | None]
+  ) -> None:
+    if self._writer is None:
+      self._open_writer()
+    if self._writer is None:
+      return
+    prefix, x = ("epoch/", epoch) if level == "epoch" else ("", step)
+    for name, value in values.items():
+      if value is not None:
+        self._writer.add_scalar(prefix + name, value, x, walltime=time.time())
+    self._writer.flush()
+
+  def _open_writer(self, purge_step: int | None = None) -> None:
+    if not self._tensorboard:
+      return
+    from tensorboardX import SummaryWriter
+
+    # purge_step makes TensorBoard hide what an interrupted run wrote past its checkpoint.
+    self._writer = SummaryWriter(str(self.path / "tb"), purge_step=purge_step)
+
+  def _close_writer(self) -> None:
+    if self._writer is not None:
+      self._writer.close()
+      self._writer = None
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Rows of a JSON-lines file; [] without one. A last line that was cut off is left out.
+
+  Raises:
+    ValueError: a line before the last that is no JSON object.
+  """
+  if not path.is_file():
+    return []
+  lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+  while lines and not lines[-1].strip():
+    lines.pop()
+  rows = []
+  for number, line in enumerate(lines, 1):
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError as error:
+      if number == len(lines):
+        break
+      raise ValueError(f"{path}, line {number}: {error.msg}") from error
+    if not isinstance(row, dict):
+      raise ValueError(f"{path}, line {number}: expected a JSON object")
+    rows.append(row)
+  return rows
+
+
+def write_atomic(path: pathlib.Path, text: str) -> None:
+  """Replaces a file by one rename, so that a reader or a crash never meets half of it."""
+  part = path.with_name(f".{path.name}.part")
+  with open(part, "w", encoding="utf-8", newline="") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(part, path)
+
+
+def _append(path: pathlib.Path, text: str) -> None:
+  with open(path, "a", encoding="utf-8", newline="") as file:
+    file.write(text)
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+  return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def _table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
+  out = io.StringIO()
+  writer = csv.writer(out, lineterminator="\n")
+  for row in rows:
+    writer.writerow(["" if row.get(name) is None else row[name] for name in columns])
+  return out.getvalue()
+
+
+def _number(name: str, value: Any) -> float | None:
+  if name in _KEYS or not name:
+    raise ValueError(f"expected a metric name other than {_KEYS}, got {name!r}")
+  if value is None:
+    return None
+  try:
+    number = float(value)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"metric {name}: expected a number, got {type(value).__name__}") from error
+  return number if math.isfinite(number) else None

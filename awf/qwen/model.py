@@ -1,0 +1,224 @@
+"""Qwen2 / Qwen2.5 / Qwen3 dense as one Flax Linen module.
+
+Parameters are nested dicts, one subtree per layer. LoRA is a second collection with the same paths:
+`apply({"params": base}, ...)` is the base, `apply({"params": base, "lora": lora}, ...)` the policy.
+A LoRA leaf is [in, R] / [R, out] (one adapter for all rows) or [A, in, R] / [A, R, out] (stacked;
+`adapter_B` says which adapter each row uses, 0 is the base). The factor alpha / rank is folded into
+`b` by the caller (awf.qwen.lora).
+
+Source: transformers modeling_qwen2.py and modeling_qwen3.py, whose float32 logits are matched
+within 1e-4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from awf.qwen.config import QwenConfig
+
+# attend(layer, q_BTNH, k_BTKH, v_BTKH, cache_of_layer) -> (out_BTNH, cache_of_layer)
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+NEG_INF = -1e30  # finite: a fully masked row gives a uniform distribution, not NaN
+
+
+class Linear(nn.Module):
+  """A dense layer `x @ kernel (+ bias)` with an optional delta from the `lora` collection."""
+
+  features: int
+  use_bias: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BTi: jax.Array, adapter_B: jax.Array | None = None) -> jax.Array:
+    shape = (x_BTi.shape[-1], self.features)
+    kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
+    y = x_BTi @ kernel.astype(self.dtype)
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+      y = y + bias.astype(self.dtype)[None, None]
+    if self.has_variable("lora", "a"):
+      y = y + lora_delta(
+        x_BTi, self.get_variable("lora", "a"), self.get_variable("lora", "b"), adapter_B
+      ).astype(self.dtype)
+    return y
+
+
+def lora_delta(x_BTi, a, b, adapter_B):
+  """The low-rank update in the adapter's dtype (float32); rows with adapter 0 get exactly zero."""
+  x = x_BTi.astype(a.dtype)
+  if a.ndim == 2:
+    return (x @ a) @ b
+  chosen_BA = jax.nn.one_hot(adapter_B - 1, a.shape[0], dtype=a.dtype)
+  low = jnp.einsum("bti,air->btar", x, a) * chosen_BA[:, None, :, None]
+  return jnp.einsum("btar,aro->bto", low, b)
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square norm over the last axis, computed in float32."""
+
+  eps: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + scale.shape)
+    return (scale * x32).astype(self.dtype)
+
+
+def rope(x_BTxH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+  """Rotary position embedding; halves rotate against each other, as Hugging Face's rotate_half."""
+  half = x_BTxH.shape[-1] // 2
+  freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions_BT.astype(jnp.float32)[..., None, None] * freq[None, None, None]
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  x1, x2 = jnp.split(x_BTxH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTxH.dtype)
+
+
+def masked_attention(
+  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, is_visible_BTS: jax.Array
+) -> jax.Array:
+  """Grouped-query softmax attention with scores in float32.
+
+  Returns:
+    [B, T, N, H] in q's dtype. Query head n reads key/value head n // (N / K).
+  """
+  b, t, n, h = q_BTNH.shape
+  k = k_BSKH.shape[2]
+  q = q_BTNH.reshape(b, t, k, n // k, h)
+  scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKH).astype(jnp.float32) * h**-0.5
+  scores = jnp.where(is_visible_BTS[:, None, None], scores, NEG_INF)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+  return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(b, t, n, h)
+
+
+def causal_attend(segment_ids_BT: jax.Array) -> Attend:
+  """Attention of a sequence on itself: causal, within equal segment ids (padding is its own, 0)."""
+  t = segment_ids_BT.shape[1]
+  causal_TS = jnp.tril(jnp.ones((t, t), bool))
+  same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+  is_visible_BTS = causal_TS[None] & same_BTS
+
+  def attend(layer, q, k, v, cache):
+    del layer
+    return masked_attention(q, k, v, is_visible_BTS), cache
+
+  return attend
+
+
+class Block(nn.Module):
+  """One decoder layer: attention and SwiGLU, each with a pre-norm and a residual."""
+
+  config: QwenConfig
+  layer: int
+
+  @nn.compact
+  def __call__(self, x_BTD, positions_BT, attend: Attend, cache, adapter_B):
+    c, dtype = self.config, jnp.dtype(self.config.dtype)
+    n, k, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    b, t, _ = x_BTD.shape
+
+    def linear(name, features, bias=False):
+      return Linear(features, bias, dtype, name=name)
+
+    y = RMSNorm(c.rms_norm_eps, dtype, name="input_layernorm")(x_BTD)
+    q = linear("q_proj", n * h, c.qkv_bias)(y, adapter_B).reshape(b, t, n, h)
+    key = linear("k_proj", k * h, c.qkv_bias)(y, adapter_B).reshape(b, t, k, h)
+    v = linear("v_proj", k * h, c.qkv_bias)(y, adapter_B).reshape(b, t, k, h)
+    if c.qk_norm:
+      q = RMSNorm(c.rms_norm_eps, dtype, name="q_norm")(q)
+      key = RMSNorm(c.rms_norm_eps, dtype, name="k_norm")(key)
+    q, key = rope(q, positions_BT, c.rope_theta), rope(key, positions_BT, c.rope_theta)
+    out, cache = attend(self.layer, q, key, v, cache)
+    x_BTD = x_BTD + linear("o_proj", c.hidden_size)(out.reshape(b, t, n * h), adapter_B)
+
+    y = RMSNorm(c.rms_norm_eps, dtype, name="post_attention_layernorm")(x_BTD)
+    gate = linear("gate_proj", c.intermediate_size)(y, adapter_B)
+    up = linear("up_proj", c.intermediate_size)(y, adapter_B)
+    x_BTD = x_BTD + linear("down_proj", c.hidden_size)(nn.silu(gate) * up, adapter_B)
+    return x_BTD, cache
+
+
+class Qwen(nn.Module):
+  """The decoder without its head: token ids to final hidden states; `head` gives logits.
+
+  Parameter paths: `embed/embedding` [V, D], `layers_<l>/<q_proj|...>/{kernel,bias}`,
+  `layers_<l>/<norm>/scale`, `norm/scale`, and `lm_head/kernel` [D, V] unless the head is tied.
+  """
+
+  config: QwenConfig
+  remat: bool = False  # recompute each layer in the backward pass
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    attend: Attend | None = None,
+    caches: tuple | None = None,
+    adapter_B: jax.Array | None = None,
+  ) -> tuple[jax.Array, tuple]:
+    """Runs all layers.
+
+    Args:
+      tokens_BT: int32 ids.
+      positions_BT: int32 rotary positions.
+      attend: attention of each layer; None is plain causal attention over the T tokens.
+      caches: one pytree per layer, handed to `attend` and returned as it gives it back.
+      adapter_B: int32, adapter of each row, for stacked LoRA leaves; 0 is the base.
+
+    Returns:
+      (hidden_BTD after the final norm, caches).
+    """
+    c, dtype = self.config, jnp.dtype(self.config.dtype)
+    attend = attend or causal_attend(jnp.ones(tokens_BT.shape, jnp.int32))
+    caches = caches or (None,) * c.num_hidden_layers
+    embed = nn.Embed(
+      c.vocab_size, c.hidden_size, name="embed", embedding_init=nn.initializers.normal(0.02)
+    )
+    x = jnp.take(embed.embedding, tokens_BT, axis=0).astype(dtype)
+    if not c.tie_word_embeddings:
+      _HeadWeights(c.vocab_size, name="lm_head")(c.hidden_size)
+    block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+    new = []
+    for l in range(c.num_hidden_layers):  # noqa: E741  (L is the layer axis)
+      x, cache = block(c, l, name=f"layers_{l}")(x, positions_BT, attend, caches[l], adapter_B)
+      new.append(cache)
+    return RMSNorm(c.rms_norm_eps, dtype, name="norm")(x), tuple(new)
+
+
+class _HeadWeights(nn.Module):
+  """Declares the untied head's kernel; it is read by `head_kernel`, never inside the module."""
+
+  vocab_size: int
+
+  @nn.compact
+  def __call__(self, width: int) -> None:
+    self.param("kernel", nn.initializers.normal(0.02), (width, self.vocab_size))
+
+
+def head_kernel(params) -> jax.Array:
+  """[D, V] head weights: the untied kernel, or the embedding transposed."""
+  if "lm_head" in params:
+    return params["lm_head"]["kernel"]
+  return params["embed"]["embedding"].T
+
+
+def head(params, hidden_xD: jax.Array) -> jax.Array:
+  """Float32 logits [..., V] of hidden states [..., D]; for few positions, never a whole batch."""
+  return (hidden_xD @ head_kernel(params).astype(hidden_xD.dtype)).astype(jnp.float32)
+
+
+def init_params(config: QwenConfig, key: jax.Array):
+  """Random base parameters (normal 0.02, norms one, biases zero), float32."""
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  return Qwen(config).init(key, tokens, jnp.arange(2, dtype=jnp.int32)[None])["params"]

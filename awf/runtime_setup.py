@@ -1,0 +1,57 @@
+"""Process-wide JAX settings; called once by a mode, after the sandbox has started."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+from pathlib import Path
+
+log = logging.getLogger("awf")
+
+CACHE_VARIABLE = "AWF_CACHE"
+
+
+def cache_dir() -> Path | None:
+  """Where compiled programs are kept: xla/<kind of host> below $AWF_CACHE or ~/.cache/awf.
+
+  None when switched off.
+  `AWF_CACHE=off` switches the cache off. Programs for a CPU hold its instructions, so hosts of
+  another kind that share the directory must not share the programs.
+  """
+  text = os.environ.get(CACHE_VARIABLE, "")
+  if text.lower() in ("off", "none", "0"):
+    return None
+  root = Path(text).expanduser() if text else Path("~/.cache/awf").expanduser()
+  return root / "xla" / _host_kind()
+
+
+def _host_kind() -> str:
+  """A short name of the processor's instruction set."""
+  try:
+    lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+  except OSError:  # not Linux
+    lines = []
+  features = next((x for x in lines if x.lower().startswith(("flags", "features"))), "")
+  text = f"{platform.machine()} {platform.processor()} {features}"
+  return f"{platform.machine()}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def setup_jax() -> None:
+  """Switches the persistent compilation cache on; without a directory only time is lost."""
+  import jax  # not before the sandbox's zygote has started
+
+  directory = cache_dir()
+  if directory is None or jax.config.jax_compilation_cache_dir:
+    return
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    log.warning(
+      "no compilation cache: %s (set %s to a directory that can be written)", e, CACHE_VARIABLE
+    )
+    return
+  jax.config.update("jax_compilation_cache_dir", str(directory))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -1,0 +1,146 @@
+"""The KV cache in chunks, and attention over the live part of it.
+
+Letters beside the legend: C chunks of the context, W keys of one chunk, P prefill blocks, X groups of decode rows.
+A layer's cache is a pair of arrays [C, B, K, W, H]; token `t` of row `b` lies at [t // W, b, :, t % W].
+
+A row attends to its own chunks in order with an online softmax. Chunks past its length are masked and change no bit
+of its result (weights exactly 0, correction exactly 1), so the result depends neither on the allocated context nor on
+how long the neighbours are.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from awf.qwen.config import QwenConfig
+from awf.qwen.model import NEG_INF, Attend
+
+Cache = tuple[tuple[jax.Array, jax.Array], ...]
+
+
+def init_cache(config: QwenConfig, rows: int, chunks: int, chunk: int) -> Cache:
+  """Zeros for `rows` rows of `chunks * chunk` tokens, one (keys, values) pair per layer."""
+  shape = (chunks, rows, config.num_key_value_heads, chunk, config.head_dim)
+  dtype = jnp.dtype(config.dtype)
+  return tuple(
+    (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)
+  )
+
+
+def _chunked_attention(q_BKGTH, position_BT, num_chunks, load):
+  """Online softmax over `num_chunks` (traced) chunks; `load(c)` gives (k_BKWH, v_BKWH) of chunk c.
+
+  `position_BT` is the last key position that a query sees. A row that sees nothing yields zeros.
+  """
+  b, k, g, t, h = q_BKGTH.shape
+  q = (q_BKGTH * jnp.asarray(h**-0.5, q_BKGTH.dtype)).reshape(b, k, g * t, h)
+  last_B1Q1 = jnp.broadcast_to(position_BT[:, None, None], (b, 1, g, t)).reshape(b, 1, g * t, 1)
+
+  def step(c, carry):
+    peak, total, out = carry
+    k_BKWH, v_BKWH = load(c)
+    scores = jnp.einsum("bkqh,bkwh->bkqw", q, k_BKWH, preferred_element_type=jnp.float32)
+    key_W = c * k_BKWH.shape[2] + jnp.arange(k_BKWH.shape[2], dtype=jnp.int32)
+    is_visible = key_W[None, None, None] <= last_B1Q1
+    scores = jnp.where(is_visible, scores, NEG_INF)
+    new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
+    weights = jnp.where(is_visible, jnp.exp(scores - new_peak[..., None]), 0.0)
+    keep = jnp.exp(peak - new_peak)
+    part = jnp.einsum(
+      "bkqw,bkwh->bkqh", weights.astype(v_BKWH.dtype), v_BKWH, preferred_element_type=jnp.float32
+    )
+    total = total * keep + jnp.sum(weights, axis=-1)
+    return new_peak, total, out * keep[..., None] + part
+
+  zero = jnp.zeros((b, k, g * t), jnp.float32)
+  start = (zero + NEG_INF, zero, jnp.zeros((b, k, g * t, h), jnp.float32))
+  _, total, out = jax.lax.fori_loop(0, num_chunks, step, start)
+  out = out / jnp.maximum(total, 1e-30)[..., None]
+  return out.astype(q_BKGTH.dtype).reshape(b, k, g, t, h)
+
+
+def decode_attend(position_B: jax.Array, is_running_B: jax.Array, group: int) -> Attend:
+  """Attention of one new token per row; it first writes the token's key and value at `position_B`.
+
+  Rows are worked on in groups of `group` neighbours, each with as many chunks as its longest running row needs.
+  Rows that are not running write nothing.
+  """
+  b = position_B.shape[0]
+  num_groups = b // group
+  last_B = jnp.where(is_running_B, position_B, -1)
+
+  def attend(layer, q_B1NH, k_B1KH, v_B1KH, cache):
+    del layer
+    keys, values = cache
+    width, (n, h), k = keys.shape[3], q_B1NH.shape[2:], keys.shape[2]
+    write_B = jnp.where(is_running_B, jnp.arange(b, dtype=jnp.int32), keys.shape[1])
+    at = (position_B // width, write_B, slice(None), position_B % width)
+    keys = keys.at[at].set(k_B1KH[:, 0].astype(keys.dtype), mode="drop")
+    values = values.at[at].set(v_B1KH[:, 0].astype(values.dtype), mode="drop")
+    q_XBKGTH = q_B1NH.reshape(num_groups, group, k, n // k, 1, h)
+    last_XB1 = last_B.reshape(num_groups, group, 1)
+    chunks_X = jnp.max(last_XB1, axis=(1, 2)) // width + 1  # -1 // width + 1 = 0: nothing to do
+
+    def one_group(x, out):
+      def load(c):
+        size = (1, group) + keys.shape[2:]
+        start = (c, x * group, 0, 0, 0)
+        return (
+          jax.lax.dynamic_slice(keys, start, size)[0],
+          jax.lax.dynamic_slice(values, start, size)[0],
+        )
+
+      part = _chunked_attention(q_XBKGTH[x], last_XB1[x], chunks_X[x], load)
+      return jax.lax.dynamic_update_index_in_dim(out, part, x, 0)
+
+    out = jax.lax.fori_loop(0, num_groups, one_group, jnp.zeros_like(q_XBKGTH))
+    return out.reshape(b, 1, n, h), (keys, values)
+
+  return attend
+
+
+def prefill_attend(row_P: jax.Array, start_P: jax.Array) -> Attend:
+  """Attention of prompt blocks: block p holds tokens start_P[p] ... start_P[p] + T - 1 of cache row row_P[p].
+
+  T divides the chunk, so a block lies in one chunk. All blocks are written before any attends, so blocks of one
+  prompt may share a call. A block whose row is out of range is padding: it writes nothing.
+  """
+
+  def attend(layer, q_PTNH, k_PTKH, v_PTKH, cache):
+    del layer
+    keys, values = cache
+    (p, t, n, h), k, width = q_PTNH.shape, keys.shape[2], keys.shape[3]
+    position_PT = start_P[:, None] + jnp.arange(t, dtype=jnp.int32)
+    at = (start_P[:, None] // width, row_P[:, None], slice(None), position_PT % width)
+    keys = keys.at[at].set(k_PTKH.astype(keys.dtype), mode="drop")
+    values = values.at[at].set(v_PTKH.astype(values.dtype), mode="drop")
+
+    def load(c):
+      return (
+        keys.at[c, row_P].get(mode="clip"),
+        values.at[c, row_P].get(mode="clip"),
+      )
+
+    q_PKGTH = jnp.moveaxis(q_PTNH.reshape(p, t, k, n // k, h), 1, 3)
+    num_chunks = jnp.max(start_P) // width + 1
+    out_PKGTH = _chunked_attention(q_PKGTH, position_PT, num_chunks, load)
+    return jnp.moveaxis(out_PKGTH, 3, 1).reshape(p, t, n, h), (keys, values)
+
+  return attend
+
+
+def copy_chunks(cache: Cache, copies_X3: jax.Array, num_copies: jax.Array) -> Cache:
+  """Copies chunks between rows in place: each of the first `num_copies` lines is (source, target, chunk)."""
+
+  def one(i, cache):
+    source, target, c = copies_X3[i, 0], copies_X3[i, 1], copies_X3[i, 2]
+
+    def move(array):
+      size = (1, 1) + array.shape[2:]
+      chunk = jax.lax.dynamic_slice(array, (c, source, 0, 0, 0), size)
+      return jax.lax.dynamic_update_slice(array, chunk, (c, target, 0, 0, 0))
+
+    return jax.tree.map(move, cache)
+
+  return jax.lax.fori_loop(0, num_copies, one, cache)

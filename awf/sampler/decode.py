@@ -1,0 +1,202 @@
+"""The one compiled program of the engine: prefill new prompts, hand them to rows, decode some steps.
+
+Host and device exchange one packed int32 array per row table and one packed result per dispatch; only shapes are
+static, so sampling fields, stop ids, seeds, lengths and work lists never compile anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awf.qwen.config import QwenConfig
+from awf.qwen.model import Qwen, head
+from awf.sampler.cache import Cache, copy_chunks, decode_attend, prefill_attend
+from awf.sampler.draw import draw, uniforms
+from awf.sampler.request import MAX_STOP_IDS
+
+IDLE, RUNNING, STOPPED, FULL = 0, 1, 2, 3  # status of a row
+
+# Columns of the packed row table; floats travel as their bits.
+COLUMNS = (
+  "status", "token", "position", "made", "limit", "seed_high", "seed_low", "sample", "top_k",
+  "adapter", "temperature", "top_p", "stop",
+)  # fmt: skip
+COLUMN = {name: i for i, name in enumerate(COLUMNS)}
+NUM_COLUMNS = len(COLUMNS) - 1 + MAX_STOP_IDS  # `stop` is the first of MAX_STOP_IDS columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+  """Everything that the program is compiled for, beside the model and the adapters' shapes."""
+
+  rows: int  # decode rows
+  pool: int  # rows that hold prompts, after the decode rows
+  chunks: int  # of the context
+  chunk: int  # keys of one chunk
+  group: int  # neighbouring decode rows that share a trip count
+  blocks: int  # prompt blocks of one prefill call
+  block: int  # tokens of one prompt block; divides chunk
+  calls: int  # most prefill calls of one dispatch
+  steps: int  # most decode steps of one dispatch
+
+  def __post_init__(self) -> None:
+    if self.chunk % self.block:
+      raise ValueError(f"block ({self.block}) must divide chunk ({self.chunk})")
+    if self.rows % self.group:
+      raise ValueError(f"group ({self.group}) must divide rows ({self.rows})")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Work:
+  """What the host asks of one dispatch; every array has one fixed shape."""
+
+  table_BX: np.ndarray  # int32 [rows, NUM_COLUMNS]
+  tokens_CPT: np.ndarray  # int32 [calls, blocks, block], prompt tokens to prefill
+  place_CP2: np.ndarray  # int32 [calls, blocks, 3]: cache row (out of range: padding), first position, adapter
+  copies_X3: np.ndarray  # int32 [rows * chunks, 3]: source row, target row, chunk
+  counts_4: np.ndarray  # int32 [4]: prefill calls, copies, decode steps, finished rows that end the loop early
+
+
+def empty_work(shapes: Shapes) -> Work:
+  """A Work that does nothing; all prefill blocks are padding."""
+  place = np.zeros((shapes.calls, shapes.blocks, 3), np.int32)
+  place[..., 0] = shapes.rows + shapes.pool
+  return Work(
+    np.zeros((shapes.rows, NUM_COLUMNS), np.int32),
+    np.zeros((shapes.calls, shapes.blocks, shapes.block), np.int32),
+    place,
+    np.zeros((shapes.rows * shapes.chunks, 3), np.int32),
+    np.zeros(4, np.int32),
+  )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Rows:
+  """Live part of the rows inside the decode loop."""
+
+  token_B: jax.Array  # int32, last token, not yet in the cache
+  position_B: jax.Array  # int32, where it goes
+  status_B: jax.Array  # int32
+  made_B: jax.Array  # int32, tokens drawn so far
+
+
+def _variables(params, lora):
+  return {"params": params} if lora is None else {"params": params, "lora": lora}
+
+
+def _prefill(config: QwenConfig, params, lora, cache: Cache, work: Work) -> Cache:
+  model = Qwen(config)
+
+  def call(i, cache):
+    row_P, start_P, adapter_P = (work.place_CP2[i, :, j] for j in range(3))
+    tokens_PT = work.tokens_CPT[i]
+    position_PT = start_P[:, None] + jnp.arange(tokens_PT.shape[1], dtype=jnp.int32)
+    attend = prefill_attend(row_P, start_P)
+    _, cache = model.apply(
+      _variables(params, lora), tokens_PT, position_PT, attend, cache, adapter_P
+    )
+    return cache
+
+  return jax.lax.fori_loop(0, work.counts_4[0], call, cache)
+
+
+def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work: Work):
+  """Runs decode steps until the step count, all rows at rest, or enough rows finished."""
+  model = Qwen(config)
+  table = work.table_BX
+
+  def column(name):
+    return table[:, COLUMN[name]]
+
+  temperature_B, top_p_B = (
+    jax.lax.bitcast_convert_type(column(name), jnp.float32) for name in ("temperature", "top_p")
+  )
+  stop_BX = table[:, COLUMN["stop"] :]
+  seed_B2 = jax.lax.bitcast_convert_type(
+    table[:, COLUMN["seed_high"] : COLUMN["seed_low"] + 1], jnp.uint32
+  )
+  index_SB = column("made")[None] + jnp.arange(shapes.steps, dtype=jnp.int32)[:, None]
+  uniform_SB = jax.vmap(uniforms, (None, None, 0))(seed_B2, column("sample"), index_SB)
+  num_started = jnp.sum(column("status") == RUNNING)
+
+  def is_going(carry):
+    i, _, rows, _ = carry
+    num_running = jnp.sum(rows.status_B == RUNNING)
+    is_wanted = num_started - num_running < work.counts_4[3]
+    return (i < work.counts_4[2]) & (num_running > 0) & is_wanted
+
+  def step(carry):
+    i, cache, rows, out_S2B = carry
+    is_running_B = rows.status_B == RUNNING
+    attend = decode_attend(rows.position_B, is_running_B, shapes.group)
+    hidden_B1D, cache = model.apply(
+      _variables(params, lora),
+      rows.token_B[:, None], rows.position_B[:, None], attend, cache, column("adapter"),
+    )  # fmt: skip
+    logits_BV = head(params, hidden_B1D[:, 0])
+    uniform_B = jax.lax.dynamic_index_in_dim(uniform_SB, i, 0, keepdims=False)
+    id_B, logp_B = draw(logits_BV, uniform_B, temperature_B, top_p_B, column("top_k"))
+    made_B = rows.made_B + 1
+    status_B = jnp.where(made_B >= column("limit"), FULL, RUNNING)
+    status_B = jnp.where(jnp.any(id_B[:, None] == stop_BX, axis=-1), STOPPED, status_B)
+    bits_B = jax.lax.bitcast_convert_type(logp_B, jnp.int32)
+    out_S2B = jax.lax.dynamic_update_index_in_dim(out_S2B, jnp.stack([id_B, bits_B]), i, 0)
+    rows = Rows(
+      jnp.where(is_running_B, id_B, rows.token_B),
+      jnp.where(is_running_B, rows.position_B + 1, rows.position_B),
+      jnp.where(is_running_B, status_B, rows.status_B),
+      jnp.where(is_running_B, made_B, rows.made_B),
+    )
+    return i + 1, cache, rows, out_S2B
+
+  rows = Rows(column("token"), column("position"), column("status"), column("made"))
+  out_S2B = jnp.zeros((shapes.steps, 2, shapes.rows), jnp.int32)
+  steps, cache, rows, out_S2B = jax.lax.while_loop(
+    is_going, step, (jnp.int32(0), cache, rows, out_S2B)
+  )
+  tail = jnp.stack([rows.status_B, rows.made_B, jnp.full_like(rows.made_B, steps)])
+  return cache, jnp.concatenate([out_S2B.reshape(-1, shapes.rows), tail])
+
+
+def dispatch(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work: Work):
+  """Prefills into the pool, copies prompts to their rows, decodes.
+
+  Returns:
+    (cache, int32 [2 * steps + 3, B]: for each step ids and log-prob bits, then status, tokens made, steps run).
+  """
+  cache = _prefill(config, params, lora, cache, work)
+  cache = copy_chunks(cache, work.copies_X3, work.counts_4[1])
+  return _decode(config, shapes, params, lora, cache, work)
+
+
+def compile_dispatch(config: QwenConfig, shapes: Shapes, on_trace=None):
+  """The jitted `dispatch` of one engine: (params, lora, cache, work) -> (cache, packed); the cache is donated.
+
+  `on_trace` is called once per trace, so that tests can count them.
+  """
+
+  def traced(params, lora, cache, work):
+    if on_trace is not None:
+      on_trace()
+    return dispatch(config, shapes, params, lora, cache, work)
+
+  return jax.jit(traced, donate_argnums=(2,))
+
+
+def unpack(packed: np.ndarray, steps: int):
+  """Splits the packed result into (ids [S, B], log-probs [S, B], status [B], made [B], number of steps run)."""
+  pairs = packed[: 2 * steps].reshape(steps, 2, -1)
+  return pairs[:, 0], pairs[:, 1].view(np.float32), packed[-3], packed[-2], int(packed[-1, 0])
+
+
+def float_bits(x: float) -> int:
+  """The int32 whose bits are those of float32 `x`."""
+  return int(np.float32(x).view(np.int32))
+
+

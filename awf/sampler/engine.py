@@ -1,0 +1,248 @@
+"""The batched sampler: one thread drives the device, any thread submits requests.
+
+Rows are refilled between dispatches of a few decode steps each; nothing is compiled after the first dispatch except
+when adapters of another shape arrive. Strict mode: a completion is bit-equal whatever its neighbours and whenever it
+is admitted, because every shape is fixed and no reduction depends on another row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future
+
+import jax
+import numpy as np
+
+from awf.qwen.config import QwenConfig
+from awf.sampler.cache import init_cache
+from awf.sampler.decode import Shapes, compile_dispatch
+from awf.sampler.request import Output, Request
+from awf.sampler.scheduler import Job, Scheduler
+
+__all__ = ["Engine", "Output", "Request"]
+
+CHUNK = 128  # keys of one attention chunk
+POOL_BYTES = 1 << 30  # the pool has as many rows as decode unless that takes more
+
+
+def make_shapes(
+  config: QwenConfig, rows: int, context: int, prefill_rows: int, steps: int
+) -> Shapes:
+  """Compiled shapes of an engine on the default backend."""
+  on_cpu = jax.default_backend() == "cpu"
+  chunks = -(-context // CHUNK)
+  group = 16 if on_cpu and rows % 16 == 0 else rows
+  block = 32 if on_cpu else CHUNK
+  itemsize = np.dtype(config.dtype).itemsize if config.dtype != "bfloat16" else 2
+  row_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+  row_bytes *= chunks * CHUNK * itemsize
+  pool = max(prefill_rows, min(rows, POOL_BYTES // row_bytes))
+  calls = max(-(-chunks * CHUNK // (prefill_rows * block)), 32)
+  return Shapes(rows, pool, chunks, CHUNK, group, prefill_rows, block, calls, steps)
+
+
+class Engine:
+  """Samples completions for requests from any thread; see the module's docstring."""
+
+  def __init__(
+    self,
+    config: QwenConfig,
+    params,
+    *,
+    rows: int,
+    context: int,
+    prefill_rows: int,
+    steps_per_dispatch: int,
+    strict: bool = True,
+    pad_id: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+  ):
+    """Allocates the cache and starts the engine's thread; compiles at the first request.
+
+    Args:
+      config: architecture; `config.dtype` is the compute and cache dtype.
+      params: base parameters, read and never donated.
+      rows: completions decoded at once.
+      context: prompt + completion, tokens.
+      prefill_rows: prompt blocks of one prefill call.
+      steps_per_dispatch: decode steps between two looks at the queue.
+      strict: bit-equal rows whatever their neighbours.
+      pad_id: token of unused places; never visible to any row.
+      mesh: mesh that `params` lie on; the cache is split by key/value heads over `tensor`, else replicated.
+    """
+    for name, value in (
+      ("rows", rows),
+      ("context", context),
+      ("prefill_rows", prefill_rows),
+      ("steps_per_dispatch", steps_per_dispatch),
+    ):
+      if value < 1:
+        raise ValueError(f"{name}: expected a positive number, got {value}: config.sampler.{name}")
+    self.config, self.context, self.strict, self.pad_id = config, context, strict, pad_id
+    self.shapes = make_shapes(config, rows, context, prefill_rows, steps_per_dispatch)
+    self.num_traces = 0
+    self._params, self._mesh = params, mesh
+    self._cache = self._make_cache()
+    self._dispatch = compile_dispatch(config, self.shapes, self._count_trace)
+    self._scheduler = Scheduler(self.shapes, context)
+    self._adapters: dict[int, object] = {0: None}  # by version
+    self._version = 0
+    self._inbox: list[Job] = []
+    self._ready = threading.Condition()
+    self._is_closed = False
+    self._error: BaseException | None = None
+    self._counts = dict.fromkeys(
+      ("requests", "completions", "refused", "prompt_tokens", "tokens", "dispatches"), 0
+    )
+    self._busy_seconds = 0.0
+    self._thread = threading.Thread(target=self._run, name="awf-engine", daemon=True)
+    self._thread.start()
+
+  def _count_trace(self) -> None:
+    self.num_traces += 1
+
+  def _make_cache(self):
+    s = self.shapes
+
+    def make():
+      return init_cache(self.config, s.rows + s.pool, s.chunks, s.chunk)
+
+    if self._mesh is None:
+      return jax.jit(make)()
+    split = self.config.num_key_value_heads % self._mesh.shape["tensor"] == 0
+    spec = jax.sharding.PartitionSpec(None, None, "tensor" if split else None)
+    return jax.jit(make, out_shardings=jax.sharding.NamedSharding(self._mesh, spec))()
+
+  # --- any thread
+
+  def set_adapters(self, stacked_lora) -> None:
+    """Sets the adapters of requests submitted from now on; None leaves only the base.
+
+    Args:
+      stacked_lora: LoRA tree with leaves [A, in, R] and [A, R, out], alpha / rank folded into `b`.
+    """
+    with self._ready:
+      self._version += 1
+      self._adapters[self._version] = stacked_lora
+
+  def submit(self, request: Request) -> Future[list[Output]]:
+    """Queues a request; the future gives its n outputs in order of sample. Thread-safe."""
+    future: Future[list[Output]] = Future()
+    self._enqueue([(request, future)])
+    return future
+
+  async def asubmit(self, request: Request) -> list[Output]:
+    """`submit` for asyncio callers."""
+    return await asyncio.wrap_future(self.submit(request))
+
+  def generate(self, requests: Iterable[Request]) -> list[list[Output]]:
+    """Runs requests together and waits for all; results in their order."""
+    pairs = [(request, Future()) for request in requests]
+    self._enqueue(pairs)
+    return [future.result() for _, future in pairs]
+
+  def stats(self) -> dict[str, float]:
+    """Counters since the start: requests, tokens, prompt cache, dispatches, seconds that the device worked."""
+    s = self._scheduler
+    return {
+      **self._counts,
+      "prompt_hits": s.prompt_hits,
+      "prompt_misses": s.prompt_misses,
+      "prefill_tokens": s.prefill_tokens,
+      "busy_seconds": self._busy_seconds,
+      "running": s.num_running,
+      "waiting": len(s.pending) + len(self._inbox),
+      "traces": self.num_traces,
+    }
+
+  def close(self) -> None:
+    """Stops the thread after the running dispatch; unanswered requests fail with RuntimeError."""
+    with self._ready:
+      self._is_closed = True
+      self._ready.notify()
+    self._thread.join()
+
+  def __enter__(self) -> Engine:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def _enqueue(self, pairs: list[tuple[Request, Future]]) -> None:
+    jobs = []
+    with self._ready:
+      if self._is_closed:
+        raise RuntimeError("the engine is closed") from self._error
+      for request, future in pairs:
+        self._check(request)
+        self._counts["requests"] += 1
+        if not 0 < len(request.prompt_ids) < self.context:
+          self._counts["refused"] += 1
+          future.set_result([Output((), (), "refused")] * request.n)
+          continue
+        version = self._version if request.adapter else None
+        jobs.append(Job(request, future, version, [None] * request.n))
+      self._inbox.extend(jobs)
+      self._ready.notify()
+
+  def _check(self, request: Request) -> None:
+    lora = self._adapters[self._version]
+    count = 0 if lora is None else jax.tree.leaves(lora)[0].shape[0]
+    if not 0 <= request.adapter <= count:
+      raise ValueError(f"adapter: expected 0 (base) to {count}, got {request.adapter}")
+    for name, ids in (("prompt_ids", request.prompt_ids), ("stop_ids", request.stop_ids)):
+      if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+        raise ValueError(f"{name}: expected ids in [0, {self.config.vocab_size}), got {ids}")
+
+  # --- the engine's thread
+
+  def _run(self) -> None:
+    try:
+      while self._turn():
+        pass
+      self._fail_all(RuntimeError("the engine was closed before the request was answered"))
+    except BaseException as error:
+      self._error = error
+      self._fail_all(RuntimeError(f"the sampler's engine stopped: {error!r}"))
+      raise
+
+  def _turn(self) -> bool:
+    """One dispatch, or a wait for work; False when closed."""
+    scheduler = self._scheduler
+    with self._ready:
+      while not (self._is_closed or self._inbox or scheduler.pending or scheduler.num_running):
+        self._ready.wait()
+      if self._is_closed:
+        return False
+      inbox, self._inbox = self._inbox, []
+    for job in inbox:
+      if job.future.set_running_or_notify_cancel():
+        scheduler.add(job)
+    work = scheduler.plan()
+    if work is None:
+      return True
+    began = time.perf_counter()
+    lora = self._adapters[scheduler.version]
+    self._cache, packed = self._dispatch(self._params, lora, self._cache, work)
+    packed = np.asarray(packed)  # the one copy to the host; waits for the device
+    self._busy_seconds += time.perf_counter() - began
+    self._counts["dispatches"] += 1
+    for job in scheduler.harvest(packed):
+      self._counts["completions"] += job.request.n
+      self._counts["prompt_tokens"] += len(job.request.prompt_ids)
+      self._counts["tokens"] += sum(len(output.token_ids) for output in job.outputs)
+      job.future.set_result(job.outputs)
+    return True
+
+  def _fail_all(self, error: Exception) -> None:
+    with self._ready:
+      self._is_closed = True
+      scheduler = self._scheduler
+      waiting = [*scheduler.pending, *(s for s in scheduler.rows if s is not None)]
+      for job in [*self._inbox, *(s.job for s in waiting)]:
+        if not job.future.done():
+          job.future.set_exception(error)
+      self._inbox = []

@@ -1,0 +1,127 @@
+"""The search's configuration: a frozen, validated copy of config.search and config.reward."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from awf.search.propose import STYLES
+from awf.types import UserError, WorkflowSource
+
+SELECTIONS = ("aflow", "uct")
+QUESTION_TYPES = ("qa", "math", "code")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+  """Rewards by the stage that a proposal reaches; one that runs earns `runs + score x mean`."""
+
+  parse: float = 0.0  # does not parse
+  static: float = 0.05  # fails the static check, or copies its parent
+  smoke: float = 0.1  # fails the smoke run
+  runs: float = 0.2
+  score: float = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+  """How to search; field by field config.search (see configs/base.py), with what the task adds."""
+
+  dataset: str  # AFlow's folder name, for example GSM8K
+  question_type: str = "math"  # qa, math, code
+  group_size: int = 8  # config.grpo.group_size: children proposed for one parent
+  selection: str = "aflow"
+  rounds: int = 10
+  parents: int = 4
+  sample: int = 4
+  mix_lambda: float = 0.3
+  mix_alpha: float = 0.2
+  uct_c: float = 1.0
+  prompt: str = "full"
+  logs: int = 3
+  experience: int = 8
+  smoke_problems: int = 1
+  subset_problems: int = 8
+  full_problems: int = 0
+  full_top: int = 2
+  start_share: float = 0.0
+  reward: RewardConfig = RewardConfig()
+
+  def __post_init__(self) -> None:
+    for name, known in (("selection", SELECTIONS), ("prompt", STYLES)):
+      if getattr(self, name) not in known:
+        raise UserError(
+          f"config.search.{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
+        )
+    if self.question_type not in QUESTION_TYPES:
+      raise UserError(f"config.task: expected a question type among {QUESTION_TYPES}")
+    if not self.dataset.isidentifier():
+      raise UserError(
+        f"config.task.name: the data set's folder must be a Python name, got {self.dataset!r}"
+      )
+    for name, low in (
+      ("rounds", 0), ("parents", 1), ("sample", 1), ("logs", 0), ("experience", 0),
+      ("smoke_problems", 0), ("subset_problems", 1), ("full_problems", 0), ("full_top", 0),
+      ("uct_c", 0), ("mix_alpha", 0),
+    ):  # fmt: skip
+      if getattr(self, name) < low:
+        raise UserError(f"config.search.{name}: expected at least {low}, got {getattr(self, name)}")
+    for name in ("mix_lambda", "start_share"):
+      if not 0.0 <= getattr(self, name) <= 1.0:
+        raise UserError(
+          f"config.search.{name}: expected a share in [0, 1], got {getattr(self, name)}"
+        )
+    if self.group_size < 1:
+      raise UserError(f"config.grpo.group_size: expected at least 1, got {self.group_size}")
+
+  @staticmethod
+  def from_config(
+    search: Mapping[str, Any],
+    reward: Mapping[str, Any],
+    *,
+    group_size: int,
+    dataset: str,
+    question_type: str,
+  ) -> SearchConfig:
+    """Makes it from `config.search` and `config.reward`; other parts' fields are left out."""
+    names = {f.name for f in dataclasses.fields(SearchConfig)} - {"reward"}
+    fields = {k: v for k, v in search.items() if k in names}
+    return SearchConfig(
+      dataset=dataset,
+      question_type=question_type,
+      group_size=group_size,
+      reward=RewardConfig(**dict(reward)),
+      **fields,
+    )
+
+
+def load_starts(path: str) -> tuple[WorkflowSource, ...]:
+  """Start workflows from JSON lines of {graph, prompt}; "" gives none.
+
+  Raises:
+    UserError: no such file, or a malformed line (with its number).
+  """
+  if not path:
+    return ()
+  try:
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+  except (OSError, UnicodeDecodeError) as e:
+    raise UserError(f"config.search.starts: cannot read {path}: {e}") from None
+  starts = []
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    try:
+      data = json.loads(line)
+    except json.JSONDecodeError as e:
+      raise UserError(f"config.search.starts: {path} line {number} is not JSON: {e.msg}") from None
+    texts = [data.get(k) if isinstance(data, dict) else None for k in ("graph", "prompt")]
+    if not all(isinstance(t, str) for t in texts):
+      raise UserError(
+        f'config.search.starts: {path} line {number}: expected {{"graph": text, "prompt": text}}'
+      )
+    starts.append(WorkflowSource(*texts))
+  return tuple(starts)

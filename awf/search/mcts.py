@@ -1,0 +1,326 @@
+"""The search: select parents, let the policy propose edits, judge them in stages, grow the tree.
+
+A round is computed without touching the state; its events are applied and written at its end, in
+one go. So an interrupt loses at most the running round, and a resumed search repeats it exactly:
+every random choice and every request key is a hash of the seed and of what it is for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import math
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from awf.search import rounds
+from awf.search.config import SearchConfig
+from awf.search.propose import Edit, experience_lines, log_text, modification_of, parse_reply
+from awf.search.propose import proposal_messages as messages_for
+from awf.search.rounds import Child, RoundResult, Slot
+from awf.search.select import select_aflow, select_uct
+from awf.search.stages import COPY, Grader, Runner, Trials, Verdict, check, gather_all
+from awf.search.tree import SEED, Node, Tree, add_event, expand_event, replay
+from awf.search.workspace import Workspace
+from awf.types import Completion, Failure, Problem, UserError, WorkflowSource, stable_hash
+from awf.workflow.contract import OPERATORS_BY_TYPE, seed_source
+from awf.workflow.static import canonical, static_check
+
+log = logging.getLogger(__name__)
+
+Proposer = Callable[[list[dict[str, str]], int, int], Awaitable[list[Completion]]]
+STATE_VERSION = 1
+
+
+class MCTSOptimizer:
+  """Searches over workflows and collects the proposals as GRPO rollouts.
+
+  Args:
+    config: the search's configuration.
+    runner: runs a workflow on a problem (`awf.workflow.runner.WorkflowRunner`).
+    evaluator: grades an answer (`awf.tasks.base.DatasetEvaluator`).
+    proposer: `proposer(messages, n, key)` draws n completions of one prompt from the policy.
+    problems: the validation problems; no other problem is ever used.
+    workspace: folder that gets `<Dataset>/workflows/...`; a workspace that AFlow wrote is
+      continued. seed: of every choice of the search. starts: further start workflows;
+      config.start_share of each round's parents are taken from them. root: the first workflow; None
+      is AFlow's seed of the question type.
+
+  Raises:
+    UserError: no problems, or a start workflow that fails the static check.
+  """
+
+  def __init__(
+    self,
+    config: SearchConfig,
+    runner: Runner,
+    evaluator: Grader,
+    proposer: Proposer,
+    problems: Sequence[Problem],
+    workspace: Path | str,
+    seed: int,
+    starts: Sequence[WorkflowSource] = (),
+    root: WorkflowSource | None = None,
+  ):
+    if not problems:
+      raise UserError("config.task: the search needs at least one validation problem, got none")
+    if config.start_share > 0 and not starts:
+      raise UserError(
+        "config.search.start_share is above 0 without start workflows: set config.search.starts"
+      )
+    self.config = config
+    self.problems = tuple(problems)
+    self.seed = seed
+    self.workspace = Workspace(workspace, config.dataset, config.question_type)
+    self._by_id = {p.id: p for p in self.problems}
+    self._proposer = proposer
+    self._trials = Trials(runner, evaluator)
+    self._starts = tuple(starts)
+    self._root = root or seed_source(config.question_type)
+    operators = OPERATORS_BY_TYPE[config.question_type]
+    for number, source in enumerate((self._root, *self._starts)):
+      failure = static_check(source, operators)
+      if failure is not None:
+        raise UserError(
+          f"config.search.starts: workflow {number} fails the static check: {failure.message}"
+        )
+    self._start_keys = tuple(canonical(source) for source in self._starts)
+    self._full = self._full_set()
+    self._events: list[dict[str, Any]] = []
+    self._prepared = False
+    self.tree = Tree()
+    self.rounds_done = 0
+    self.starts_used = 0
+
+  # ---- state ----
+
+  @property
+  def _stages(self) -> tuple[str, ...]:
+    """Stages whose nodes can be selected: one kind of score only, so that scores compare."""
+    return ("full",) if self.config.full_top else ("subset", "full")
+
+  def best(self) -> Node:
+    """The selectable node with the highest score; the earlier one on a tie.
+
+    Raises:
+      ValueError: no round has been run yet.
+    """
+    nodes = self.tree.selectable(self._stages)
+    if not nodes:
+      raise ValueError("the search has no evaluated node yet: run a round first")
+    return max(nodes, key=lambda n: (n.score, -n.id))
+
+  def state_dict(self) -> dict[str, Any]:
+    """The search as JSON; `load_state_dict` continues from it exactly."""
+    return {
+      "version": STATE_VERSION,
+      "seed": self.seed,
+      "problems": self._problems_hash(),
+      "rounds_done": self.rounds_done,
+      "starts_used": self.starts_used,
+      "events": list(self._events),
+    }
+
+  def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    """Restores a state and makes the workspace's files agree with it.
+
+    Raises:
+      UserError: the state belongs to another version, seed or set of problems.
+    """
+    mine = {"version": STATE_VERSION, "seed": self.seed, "problems": self._problems_hash()}
+    names = {"version": "the code's version", "seed": "config.seed", "problems": "config.task"}
+    for field, value in mine.items():
+      if state[field] != value:
+        raise UserError(
+          f"the saved search was made with another {names[field]}: expected {state[field]}, got "
+          f"{value}; change it back or take a new --workdir"
+        )
+    self._events = [dict(event) for event in state["events"]]
+    self.tree = replay(self._events)
+    self.rounds_done = int(state["rounds_done"])
+    self.starts_used = int(state["starts_used"])
+    self.workspace.prepare(self._events, self.tree)
+    if self.tree.nodes:
+      self.workspace.write_index(self.tree, self._stages)
+    self._prepared = True
+
+  def _problems_hash(self) -> int:
+    return stable_hash([[p.id, p.prompt] for p in self.problems])
+
+  def _rng(self, *what: Any) -> random.Random:
+    return random.Random(stable_hash(self.seed, *what))
+
+  def _full_set(self) -> tuple[Problem, ...]:
+    """Problems of the full validation: the same for the whole search, in the data set's order."""
+    count = self.config.full_problems
+    if not count or count >= len(self.problems):
+      return self.problems
+    chosen = self._rng("full").sample(range(len(self.problems)), count)
+    return tuple(self.problems[i] for i in sorted(chosen))
+
+  def common_problems(self, round: int) -> tuple[Problem, ...]:
+    """The problems on which every child of a round is scored; the first ones serve as smoke run."""
+    count = min(self.config.subset_problems, len(self.problems))
+    return tuple(self._rng("common", round).sample(list(self.problems), count))
+
+  # ---- one round ----
+
+  async def round(self) -> RoundResult:
+    """Runs one round: parents, proposals, stages; then commits it to state and workspace.
+
+    Raises:
+      UserError: no prompt of the round fits the policy's context.
+      RuntimeError: the seed or a start workflow could not be run at all (infrastructure).
+    """
+    self._prepare_workspace()
+    draft = rounds.Draft(self.tree, self.rounds_done + 1)
+    await self._ensure_seed(draft)
+    common = self.common_problems(draft.round)
+    slots, starts_used = await self._pick_slots(draft, common)
+    verdicts: dict[str, asyncio.Task[Verdict]] = {}
+    try:
+      groups = await gather_all(self._run_slot(slot, common, verdicts) for slot in slots)
+    finally:
+      await rounds.settle(verdicts.values())
+    children = [child for group in groups for child in group]
+    self._refuse_if_nothing_fits(children)
+    full = await self._validate_best(draft.tree, children)
+    rounds.grow(draft, children, full)
+    result = rounds.summarise(draft, children, common, self.config, self._full, self._stages)
+    draft.note(rounds.round_note(common, children))
+    self._commit(draft, starts_used)
+    return result
+
+  def _prepare_workspace(self) -> None:
+    if self._prepared:
+      return
+    if self.workspace.is_foreign():
+      self._adopt()
+    self.workspace.prepare(self._events, self.tree)
+    self._prepared = True
+
+  def _adopt(self) -> None:
+    """Takes over the rounds of a workspace that AFlow wrote."""
+    for node in self.workspace.adopt(self.problems):
+      valid = static_check(node.source, OPERATORS_BY_TYPE[self.config.question_type]) is None
+      key = canonical(node.source) if valid else ""
+      self._events.append(add_event(dataclasses.replace(node, canonical=key)))
+    self.tree = replay(self._events)
+    log.info("continuing an AFlow workspace with %d evaluated rounds", len(self.tree.nodes))
+
+  async def _ensure_seed(self, draft: rounds.Draft) -> None:
+    if SEED in draft.tree.nodes:
+      return
+    key = canonical(self._root)
+    verdict = await self._trials.validate(self._root, key, self._full)
+    draft.add_root(self._root, key, "seed", "full", verdict)
+
+  async def _pick_slots(
+    self, draft: rounds.Draft, common: Sequence[Problem]
+  ) -> tuple[list[Slot], int]:
+    """The round's parents, start workflows first; and the new count of used starts."""
+    config, used = self.config, self.starts_used
+    share = int(config.start_share * config.parents + 0.5) if self._starts else 0
+    order = [self._start_index(used + i) for i in range(share)]
+    sources = {self._start_keys[i]: self._starts[i] for i in order}
+    fresh = {k: s for k, s in sources.items() if draft.find_root(k) is None}
+    verdicts = await gather_all(self._trials.validate(s, k, common) for k, s in fresh.items())
+    for (key, source), verdict in zip(fresh.items(), verdicts, strict=True):
+      draft.add_root(source, key, "start workflow", "subset", verdict)
+    roots = [draft.find_root(self._start_keys[i]) for i in order]
+    nodes = [n for n in roots if n is not None]
+    nodes += self._select(draft.tree, draft.round, config.parents - len(nodes))
+    for node in nodes:
+      draft.apply(expand_event(node.id))
+    slots = [self._slot(draft, index, node) for index, node in enumerate(nodes)]
+    return slots, used + share
+
+  def _start_index(self, position: int) -> int:
+    """Start workflows in a seeded order; each pass uses every one once."""
+    turn, offset = divmod(position, len(self._starts))
+    order = list(range(len(self._starts)))
+    self._rng("starts", turn).shuffle(order)
+    return order[offset]
+
+  def _select(self, tree: Tree, round: int, count: int) -> list[Node]:
+    nodes = tree.selectable(self._stages)
+    if self.config.selection == "uct":
+      return select_uct(tree, nodes, count, c=self.config.uct_c)
+    c = self.config
+    mix = {"sample": c.sample, "mix_lambda": c.mix_lambda, "mix_alpha": c.mix_alpha}
+    return select_aflow(nodes, count, self._rng("select", round), **mix)
+
+  def _slot(self, draft: rounds.Draft, index: int, parent: Node) -> Slot:
+    """The prompt and the request key of one parent."""
+    config, round = self.config, draft.round
+    experience = experience_lines(draft.tree.children(parent.id), config.experience)
+    rng = self._rng("logs", round, parent.id, index)
+    logs = log_text(parent.log, self._by_id, config.logs, rng)
+    messages = messages_for(
+      parent, experience, logs, style=config.prompt, question_type=config.question_type
+    )
+    key = stable_hash(self.seed, "propose", round, parent.id, index)
+    return Slot(index, f"{round}/{index}", parent, messages, key)
+
+  async def _run_slot(
+    self, slot: Slot, common: Sequence[Problem], verdicts: dict[str, asyncio.Task[Verdict]]
+  ) -> list[Child]:
+    """Proposes and judges one group; groups overlap, equal children of a round are judged once."""
+    completions = await self._proposer(slot.messages, self.config.group_size, slot.key)
+    if len(completions) != self.config.group_size:
+      raise ValueError(
+        f"the proposer gave {len(completions)} completions, expected {self.config.group_size}"
+      )
+    jobs = (self._judge(slot, i, c, common, verdicts) for i, c in enumerate(completions))
+    return await gather_all(jobs)
+
+  async def _judge(
+    self,
+    slot: Slot,
+    index: int,
+    completion: Completion,
+    common: Sequence[Problem],
+    verdicts: dict[str, asyncio.Task[Verdict]],
+  ) -> Child:
+    child = Child(slot, index, completion, modification=modification_of(completion.text))
+    edit = parse_reply(completion.text)
+    if not isinstance(edit, Edit):
+      return dataclasses.replace(child, verdict=Verdict("format", edit))
+    child = dataclasses.replace(child, source=edit.source)
+    key = check(edit.source, slot.parent.canonical, self.config.question_type)
+    if isinstance(key, Failure):
+      return dataclasses.replace(child, verdict=Verdict("static", key), copies=key is COPY)
+    if key not in verdicts:
+      job = self._trials.judge(edit.source, key, common, self.config.smoke_problems)
+      verdicts[key] = asyncio.ensure_future(job)
+    return dataclasses.replace(child, canonical=key, verdict=await verdicts[key])
+
+  def _refuse_if_nothing_fits(self, children: Sequence[Child]) -> None:
+    if children and all(c.completion.finish_reason == "refused" for c in children):
+      raise UserError(
+        "no proposal prompt of this round fits the policy's context: raise "
+        "config.sampler.context, or lower config.search.logs, config.search.experience or "
+        "config.sampler.max_new_tokens"
+      )
+
+  async def _validate_best(self, tree: Tree, children: Sequence[Child]) -> dict[str, Verdict]:
+    """Full validation of the round's best children that have none yet, by canonical text."""
+    ranked = sorted(
+      (c for c in children if c.runs), key=lambda c: (-c.verdict.mean, c.slot.index, c.index)
+    )
+    sources: dict[str, WorkflowSource] = {}
+    for child in ranked:
+      known = tree.find(child.canonical)
+      if len(sources) < self.config.full_top and (known is None or known.stage != "full"):
+        sources.setdefault(child.canonical, child.source)
+    verdicts = await gather_all(self._trials.validate(s, k, self._full) for k, s in sources.items())
+    done = zip(sources, verdicts, strict=True)
+    return {key: v for key, v in done if not any(math.isnan(t.score) for t in v.trials)}
+
+  def _commit(self, draft: rounds.Draft, starts_used: int) -> None:
+    self._events = self._events + draft.events
+    self.tree, self.rounds_done, self.starts_used = draft.tree, draft.round, starts_used
+    self.workspace.commit(draft.events, draft.tree, draft.trials, self._stages)

@@ -1,0 +1,66 @@
+"""Data sets and graders. `make_task` finds one by the name in `config.task.name`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from awf.tasks.aime import AIMEEvaluator
+from awf.tasks.base import DatasetEvaluator, TaskConfig
+from awf.tasks.evaluator import WorkflowEvaluator
+from awf.tasks.gsm8k import GSM8KEvaluator
+from awf.tasks.humaneval import HumanEvalEvaluator
+from awf.tasks.nano import NanoEvaluator
+from awf.tasks.numeric import NumericComparisonValidator
+from awf.types import UserError
+
+TASKS: dict[str, type[DatasetEvaluator]] = {
+  task.name: task for task in (AIMEEvaluator, GSM8KEvaluator, HumanEvalEvaluator, NanoEvaluator)
+}
+
+__all__ = [
+  "TASKS",
+  "AIMEEvaluator",
+  "DatasetEvaluator",
+  "GSM8KEvaluator",
+  "HumanEvalEvaluator",
+  "NanoEvaluator",
+  "NumericComparisonValidator",
+  "TaskConfig",
+  "WorkflowEvaluator",
+  "make_task",
+]
+
+
+def make_task(config: Mapping[str, Any], sandbox: Any = None) -> DatasetEvaluator:
+  """Builds the evaluator of `config.task`.
+
+  Args:
+    config: config.task. Its name is one of `TASKS`, or "package.module:Class" of the user's own
+      subclass of DatasetEvaluator.
+    sandbox: awf.sandbox.Sandbox, for data sets that run code to grade it.
+
+  Raises:
+    UserError: unknown name or field, or a data set that needs a sandbox and got none.
+  """
+  task = TaskConfig.make(config)
+  return _find(task.name)(task, sandbox)
+
+
+def _find(name: str) -> type[DatasetEvaluator]:
+  if name in TASKS:
+    return TASKS[name]
+  module, colon, attribute = name.partition(":")
+  if not colon:
+    raise UserError(
+      f"unknown config.task.name={name!r}: expected one of {', '.join(sorted(TASKS))}, or "
+      "package.module:Class of your own"
+    )
+  try:
+    found = getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise UserError(f"cannot import config.task.name={name!r}: {error}") from error
+  if not (isinstance(found, type) and issubclass(found, DatasetEvaluator)):
+    raise UserError(f"config.task.name={name!r}: expected a subclass of DatasetEvaluator")
+  return found

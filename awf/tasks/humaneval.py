@@ -1,0 +1,101 @@
+"""HumanEval: Python functions to complete, judged by hidden tests."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+from collections.abc import Mapping
+from typing import Any
+
+from awf.tasks.base import DatasetEvaluator, TaskConfig, id_field, text_field
+from awf.tasks.code import TestRunner, find_solution
+from awf.tasks.download import Source
+from awf.types import Grade, Problem
+
+MAX_CODE_CHARS = 60_000
+_HOME = "https://raw.githubusercontent.com/openai/human-eval"
+_COMMIT = "6d43fb980f9fee3c892a914eda09951f772ad10d"
+
+
+class HumanEvalEvaluator(DatasetEvaluator):
+  """Fields: task_id, prompt, entry_point, test; the reference solution stays hidden."""
+
+  name = "humaneval"
+  dataset = "HumanEval"
+  question_type = "code"
+  needs_sandbox = True
+  sources = {
+    "all": Source(
+      f"{_HOME}/{_COMMIT}/data/HumanEval.jsonl.gz",
+      "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+    )
+  }
+
+  def __init__(self, config: TaskConfig | None = None, sandbox: Any = None):
+    super().__init__(config, sandbox)
+    self._tests = TestRunner(sandbox)
+
+  def to_problem(self, row: Mapping[str, Any], index: int) -> Problem:
+    prompt, entry_point = text_field(row, "prompt"), text_field(row, "entry_point")
+    if not entry_point.isidentifier():
+      raise ValueError(f"expected 'entry_point' to be a name, got {entry_point[:40]!r}")
+    reference = row.get("canonical_solution")
+    return Problem(
+      id=id_field(row, f"{self.name}-{index}", "task_id"),
+      prompt=prompt,
+      entry_point=entry_point,
+      public_tests=public_tests(prompt, entry_point),
+      hidden={
+        "test": text_field(row, "test"),
+        # Some tests call helpers that the prompt defines beside the function.
+        "prelude": prompt + (reference if isinstance(reference, str) else "    pass\n"),
+      },
+    )
+
+  async def grade(self, problem: Problem, response: str) -> Grade:
+    solution = find_solution(response[-MAX_CODE_CHARS:], problem.prompt, problem.entry_point)
+    failure = await self._tests.run(
+      solution, problem.hidden["test"], problem.entry_point, problem.hidden["prelude"]
+    )
+    shown = solution[:2000]
+    if failure is None:
+      return Grade(1.0, True, shown)
+    score = float("nan") if failure.kind == "infrastructure" else 0.0
+    return Grade(score, False, shown, f"{failure.kind}: {failure.message}")
+
+
+def public_tests(prompt: str, entry_point: str) -> tuple[str, ...]:
+  """Assertions made of the examples in the function's docstring, which the prompt shows anyway."""
+  try:
+    module = ast.parse(prompt + "\n    pass\n")
+  except SyntaxError:
+    return ()
+  functions = [node for node in module.body if isinstance(node, ast.FunctionDef)]
+  docstrings = [ast.get_docstring(node) for node in functions if node.name == entry_point]
+  tests = []
+  for docstring in filter(None, docstrings):
+    try:
+      examples = doctest.DocTestParser().get_examples(docstring)
+    except ValueError:  # an example with uneven indentation
+      continue
+    for example in examples:
+      call, expected = example.source.strip(), example.want.strip()
+      if f"{entry_point}(" in call and _is_expression(call) and _is_literal(expected):
+        tests.append(f"assert {call} == {expected}")
+  return tuple(tests)
+
+
+def _is_expression(text: str) -> bool:
+  try:
+    ast.parse(text, mode="eval")
+  except (SyntaxError, ValueError):
+    return False
+  return True
+
+
+def _is_literal(text: str) -> bool:
+  try:
+    ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    return False
+  return True

@@ -1,0 +1,46 @@
+"""Compares LaTeX expressions in a process of its own: JSON lines in, JSON lines out.
+
+Run as a file by `awf.tasks.latex`, which limits its time and kills it when that is spent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import warnings
+
+FLOAT_DIGITS = 12
+
+
+def main(memory_bytes: int) -> None:
+  """Answers {"equal": bool} to each line {"expected": str, "answer": str} until the input ends."""
+  warnings.simplefilter("ignore")
+  logging.disable(logging.CRITICAL)
+  resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  from math_verify import LatexExtractionConfig, parse, verify
+
+  def read(text: str) -> list:
+    return parse(
+      f"${text}$",
+      extraction_config=[LatexExtractionConfig()],
+      fallback_mode="no_fallback",
+      parsing_timeout=None,  # the parent's limit holds
+    )
+
+  sys.stdout.write("ready\n")
+  sys.stdout.flush()
+  for line in sys.stdin:
+    request = json.loads(line)
+    expected, answer = read(request["expected"]), read(request["answer"])
+    equal = bool(expected and answer) and verify(
+      expected, answer, float_rounding=FLOAT_DIGITS, timeout_seconds=None
+    )
+    sys.stdout.write(json.dumps({"equal": bool(equal)}) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+  main(int(sys.argv[1]))

@@ -1,0 +1,261 @@
+"""A run's directory: layout, lock, log file, and whether a run found there may be resumed.
+
+config.json    resolved config, mode, versions, devices, commit (written when the run starts)
+metrics.jsonl, metrics.csv, timings.jsonl, tb/, checkpoints/, workspace/, trajectories/,
+report.html, run.log
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from awf import __version__
+from awf.config_io import ROOT, flatten
+from awf.types import UserError
+
+log = logging.getLogger("awf")
+
+# Fields that change how a run is carried out, never what it computes: a resumed run may differ in
+# them.
+OPERATIONAL = (
+  "backup.",
+  "bench.",
+  "sandbox.workers",
+  "sandbox.max_children",
+  "train.checkpoint_every",
+  "train.keep_checkpoints",
+  "train.minutes",
+  "sft.log_every",
+  "sft.save",
+)
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+_SHOWN = 6  # differing fields named in one message
+
+
+class Workdir(os.PathLike):
+  """DIR of one run. `Path(workdir)` works; its parts have names here and nowhere else."""
+
+  def __init__(self, path: str | os.PathLike) -> None:
+    self.path = Path(path).expanduser()
+    self._lock: int | None = None
+    self._handler: logging.Handler | None = None
+
+  def __fspath__(self) -> str:
+    return str(self.path)
+
+  def __str__(self) -> str:
+    return str(self.path)
+
+  def __truediv__(self, name: str) -> Path:
+    return self.path / name
+
+  @property
+  def config_file(self) -> Path:
+    return self.path / "config.json"
+
+  @property
+  def checkpoints(self) -> Path:
+    return self.path / "checkpoints"
+
+  @property
+  def workspace(self) -> Path:
+    return self.path / "workspace"
+
+  @property
+  def trajectories(self) -> Path:
+    return self.path / "trajectories"
+
+  def record(self) -> dict[str, Any] | None:
+    """What config.json holds, or None when DIR holds no run.
+
+    Raises:
+      UserError: the file is there and cannot be read.
+    """
+    if not self.config_file.is_file():
+      return None
+    try:
+      found = json.loads(self.config_file.read_text(encoding="utf-8"))
+      dict(found["config"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+      raise UserError(
+        f"{self.config_file} cannot be read ({e}); move it away, or choose another --workdir"
+      ) from e
+    return found
+
+  def open(self, config: ConfigDict, mode: str, command: str = "") -> bool:
+    """Claims DIR for this process; starts a run or agrees to resume the one found.
+
+    Args:
+      config: as the user gave it (paths not resolved).
+      mode: a run resumes in its own mode; "eval" may look at a run of any mode.
+      command: kept in config.json.
+
+    Returns:
+      True when a run was found (resume), False when this is a fresh one.
+
+    Raises:
+      UserError: another process holds DIR, or the run found there has another config (the
+        differing fields are listed, nothing is changed).
+    """
+    found = self.record()
+    self._check_agreement(found, config, mode)  # before anything is created or locked
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      self._take_lock()
+      self._handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+    except OSError as e:
+      raise UserError(
+        f"--workdir={self.path}: cannot write there ({e.strerror}); choose another"
+      ) from e
+    self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(self._handler)
+    if found is None:
+      self._write(new_record(config, mode, command))
+    return found is not None
+
+  def record_devices(self) -> None:
+    """Adds the accelerator's names to config.json; call it once JAX is up.
+
+    A mode that only looks at DIR, and so did not open it, writes nothing.
+    """
+    if self._lock is None:
+      return
+    import jax  # not before the sandbox's zygote has started
+
+    kinds = [d.device_kind for d in jax.devices()]
+    found = self.record() or {}
+    found["devices"] = {k: kinds.count(k) for k in sorted(set(kinds))}
+    found["backend"] = jax.default_backend()
+    self._write(found)
+
+  def close(self) -> None:
+    """Gives DIR back; run.log is complete afterwards."""
+    if self._handler is not None:
+      logging.getLogger().removeHandler(self._handler)
+      self._handler.close()
+      self._handler = None
+    if self._lock is not None:
+      os.close(self._lock)  # closing releases the lock
+      self._lock = None
+
+  def __enter__(self) -> Workdir:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def _take_lock(self) -> None:
+    """Holds an advisory lock on DIR/.lock; it ends with the process, however that ends."""
+    fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      owner = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
+      os.close(fd)
+      raise UserError(
+        f"--workdir={self.path} is in use by process {owner}; wait for it, or choose another "
+        f"--workdir"
+      ) from e
+    except OSError as e:  # some mounted drives know no locks
+      log.warning("no lock on %s (%s): do not start a second process there", self.path, e.strerror)
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, str(os.getpid()).encode(), 0)
+    self._lock = fd
+
+  def _check_agreement(self, found: dict[str, Any] | None, config: ConfigDict, mode: str) -> None:
+    if found is None:
+      return
+    if mode != "eval" and found.get("mode") != mode:
+      raise UserError(
+        f"{self.path} holds a run of mode {found.get('mode')}, not {mode}; choose another --workdir"
+      )
+    differing = differing_fields(found["config"], config, ignore_eval=mode == "eval")
+    if differing:
+      shown = "; ".join(differing[:_SHOWN]) + (
+        f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+      )
+      raise UserError(
+        f"{self.path} holds a run with another config: {shown}. Give these fields back, or "
+        f"choose another --workdir"
+      )
+
+  def _write(self, record: dict[str, Any]) -> None:
+    """Replaces config.json in one step."""
+    temporary = self.path / ".config.json.new"
+    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, self.config_file)
+
+
+def differing_fields(
+  old: dict[str, Any], config: ConfigDict, ignore_eval: bool = False
+) -> list[str]:
+  """`config.x: there OLD, here NEW` for each field whose value changes what a run computes."""
+  before, now = flatten(old), flatten(json.loads(json.dumps(config.to_dict())))
+  skip = OPERATIONAL + (("eval.",) if ignore_eval else ())
+  out = []
+  for name in sorted(before.keys() | now.keys()):
+    if name.startswith(skip) or before.get(name) == now.get(name):
+      continue
+    there = json.dumps(before[name]) if name in before else "unset"
+    here = json.dumps(now[name]) if name in now else "unset"
+    out.append(f"config.{name}: there {there}, here {here}")
+  return out
+
+
+def new_record(config: ConfigDict, mode: str, command: str = "") -> dict[str, Any]:
+  """What config.json of a fresh run holds, short of the devices."""
+  return {
+    "config": config.to_dict(),
+    "mode": mode,
+    "command": command,
+    "versions": versions(),
+    "commit": commit(),
+    "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+  }
+
+
+def versions() -> dict[str, str]:
+  """Versions of Python, of awf and of the packages that results depend on; nothing is imported."""
+  out = {"python": platform.python_version(), "awf": __version__, "platform": platform.platform()}
+  for name in _PACKAGES:
+    try:
+      out[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+      out[name] = "missing"
+  return out
+
+
+def commit() -> str:
+  """The commit of the code, `+changes` when tracked files differ; "" outside a git checkout."""
+  try:
+    run = subprocess.run(
+      [
+        "git",
+        "-C",
+        str(ROOT),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty=+changes",
+        "--exclude=*",
+      ],
+      capture_output=True,
+      text=True,
+      timeout=10,
+      check=False,
+    )
+  except (OSError, subprocess.TimeoutExpired) as e:
+    log.info("commit unknown: %s", e)
+    return ""
+  return run.stdout.strip()

@@ -1,0 +1,106 @@
+"""The model as a workflow sees it: AFlow's `AsyncLLM`, answered by the parent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from awf.sandbox.child import JobError
+
+Call = Callable[[str, Any], Awaitable[Any]]
+
+
+class Session:
+  """What all model clients of one job share: channel, public tests, counts of equal prompts."""
+
+  def __init__(self, call: Call, public_tests: tuple[str, ...] = ()) -> None:
+    self.call = call
+    self.public_tests = public_tests
+    self._asked: dict[str, int] = {}
+
+  async def ask(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+    """Sends messages to the model; equal ones get occurrence 0, 1, ... in the order of asking.
+
+    Returns:
+      "text", "prompt_tokens", "completion_tokens".
+
+    Raises:
+      CallError: the parent refused the call.
+    """
+    name = json.dumps(messages)
+    occurrence = self._asked.get(name, 0)
+    self._asked[name] = occurrence + 1
+    return await self.call("llm", {"messages": messages, "occurrence": occurrence})
+
+
+class ModelClient:
+  """A chat model with AFlow's interface: `await llm(prompt)` is the text of one reply.
+
+  Attributes:
+    sys_msg: system message, None without one.
+  """
+
+  def __init__(self, session: Session, config: Any = None, system_msg: str | None = None) -> None:
+    self.config = config
+    self.sys_msg = system_msg
+    self.session = session
+    self._history: list[dict[str, Any]] = []
+
+  async def __call__(self, prompt: str) -> str:
+    """Asks the model with one user message.
+
+    Raises:
+      TypeError: the prompt is not text.
+      CallError: the parent refused the call.
+    """
+    if not isinstance(prompt, str):
+      raise TypeError(f"the model needs a text, got {type(prompt).__name__}")
+    messages = [{"role": "user", "content": "".join(prompt)}]
+    if self.sys_msg:
+      messages.insert(0, {"role": "system", "content": str(self.sys_msg)})
+    reply = await self.session.ask(messages)
+    self._record(reply["prompt_tokens"], reply["completion_tokens"])
+    return reply["text"]
+
+  def _record(self, prompt_tokens: int, completion_tokens: int) -> None:
+    self._history.append(
+      {
+        "model": getattr(self.config, "model", ""),
+        "input_tokens": prompt_tokens,
+        "output_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "input_cost": 0.0,
+        "output_cost": 0.0,
+        "total_cost": 0.0,
+        "prices": {"input_price": 0.0, "output_price": 0.0},
+      }
+    )
+
+  def get_usage_summary(self) -> dict[str, Any]:
+    """AFlow's usage summary; a local model costs nothing, so the costs are 0.0."""
+    inputs = sum(one["input_tokens"] for one in self._history)
+    outputs = sum(one["output_tokens"] for one in self._history)
+    return {
+      "total_input_tokens": inputs,
+      "total_output_tokens": outputs,
+      "total_tokens": inputs + outputs,
+      "total_cost": 0.0,
+      "call_count": len(self._history),
+      "history": [dict(one) for one in self._history],
+    }
+
+
+def client_of(llm: Any, operator_name: str) -> ModelClient:
+  """Checks what an operator was built with.
+
+  Raises:
+    JobError: kind "format", when it is not the workflow's model.
+  """
+  if not isinstance(llm, ModelClient):
+    raise JobError(
+      "format",
+      f"operator.{operator_name} was built with {type(llm).__name__}, expected the model: "
+      f"operator.{operator_name}(self.llm)",
+    )
+  return llm

@@ -1,0 +1,114 @@
+"""Takes answers, tags and code out of a model's text; pure Python, shared by parent and child."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+_NUMBER = re.compile(
+  r"(?:(?<![\w.)\]}])[-\u2212]\s?)?"  # a sign, unless it subtracts
+  r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:(?<=\d)|(?=\.\d))(?:\.\d+)?"
+  r"(?:[eE][+-]?\d{1,3}(?!\w))?(?:\s?/\s?\d+)?"
+)
+_ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
+_CODE_LINE = re.compile(r"^\s*(?:async\s+)?def\s+\w+\s*\(", re.MULTILINE)
+_FENCE = re.compile(r"```[ \t]*([\w+-]*)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_PYTHON = ("python", "py", "python3")
+MAX_DIGITS = 60
+
+
+def numbers(text: str) -> list[str]:
+  """All numbers of a text in one form: no thousands separators, reduced fractions, 7.0 as 7."""
+  found = []
+  for match in _NUMBER.finditer(text):
+    number = _normal_number(match.group())
+    if number is not None:
+      found.append(number)
+  return found
+
+
+def _normal_number(text: str) -> str | None:
+  plain = text.replace(",", "").replace("\u2212", "-").replace(" ", "").rstrip("/")
+  if not any(c.isdigit() for c in plain):
+    return None
+  if len(plain) > MAX_DIGITS:
+    return plain
+  top, _, bottom = plain.partition("/")
+  value = Fraction(top)
+  if bottom and int(bottom) != 0:
+    value /= int(bottom)
+  return str(value)
+
+
+def last_boxed(text: str) -> str | None:
+  """Content of the last `\\boxed{...}` with balanced braces, or None."""
+  start = text.rfind("\\boxed")
+  while start >= 0:
+    i = start + len("\\boxed")
+    while i < len(text) and text[i] == " ":
+      i += 1
+    if i < len(text) and text[i] == "{":
+      depth = 0
+      for j in range(i, len(text)):
+        depth += (text[j] == "{") - (text[j] == "}")
+        if depth == 0:
+          return text[i + 1 : j]
+    start = text.rfind("\\boxed", 0, start)
+  return None
+
+
+def normal_answer(text: str) -> str:
+  """The answer that a solution stands for, in a form that equal answers share.
+
+  In order: the last `<answer>` tag, the last `\\boxed{}`, the code when the text is code, the last
+  number, else the text in lower case with single blanks. A tag or box with exactly one number in it
+  counts as that number.
+  """
+  tagged = _ANSWER.findall(text)
+  inner = tagged[-1] if tagged else last_boxed(text)
+  if inner is not None:
+    found = numbers(inner)
+    return found[0] if len(found) == 1 else _plain(inner)
+  if _CODE_LINE.search(text):
+    return "\n".join(line.rstrip() for line in code_of(text).splitlines() if line.strip())
+  found = numbers(text)
+  return found[-1] if found else _plain(text)
+
+
+def _plain(text: str) -> str:
+  return " ".join(text.lower().split()).strip(" .$")
+
+
+def tag(text: str, name: str) -> str | None:
+  """Stripped content of the last `<name>...</name>`, else of an unclosed `<name>`, else None."""
+  closed = re.findall(rf"<{name}>(.*?)</{name}>", text, re.DOTALL | re.IGNORECASE)
+  if closed:
+    return closed[-1].strip()
+  opened = re.search(rf"<{name}>(.*)\Z", text, re.DOTALL | re.IGNORECASE)
+  return opened.group(1).strip() if opened else None
+
+
+def code_of(text: str) -> str:
+  """The Python code of a reply: its python fences joined, else other fences, else all of it.
+
+  A last fence without an end, as in a reply that was cut off, reaches to the end of the text.
+  """
+  blocks = _FENCE.findall(text)
+  chosen = [body for language, body in blocks if language.lower() in _PYTHON]
+  chosen = chosen or [body for _, body in blocks]
+  return "\n\n".join(body.strip("\n") for body in chosen) if chosen else text.strip("\n")
+
+
+def choice_letter(text: str, count: int) -> int | None:
+  """Index of the letter that a reply names, None when it is none of the first `count`.
+
+  Looks into `<solution_letter>` first, then for a lone capital letter in the last line that has
+  one.
+  """
+  inner = tag(text, "solution_letter")
+  for part in ([inner] if inner else []) + text.splitlines()[::-1]:
+    found = re.findall(r"\b([A-Z])\b", part.upper() if part is inner else part)
+    if found:
+      index = ord(found[-1]) - ord("A")
+      return index if index < count else None
+  return None

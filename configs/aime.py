@@ -1,0 +1,42 @@
+"""AIME 2024: searches and learns workflows for 30 competition problems (24 validation, 6 test).
+
+  python launch.py --config=configs/aime.py                        (Qwen2-7B-Instruct, bfloat16)
+  python launch.py --config=configs/aime.py:model=qwen2.5-0.5b     (fits an 8 GB chip)
+  python launch.py --config=configs/aime.py:smoke  (CPU, under a minute, no download)
+
+Qwen2-7B takes 15 GB for its base in bfloat16 and wants a chip with 40 GB or more; the smaller
+models scale accordingly. Without access to the hub, give the files:
+  --config.model.path=DIR_OF_THE_MODEL --config.task.path=AIME.jsonl    (fields id, problem, answer)
+"""
+
+from configs.args import Choice, parse_args
+from configs.base import base_config
+from configs.common import MODELS, shrink
+
+
+def get_config(arg=None):
+  args = parse_args(arg, model=Choice("qwen2-7b", MODELS), smoke=False)
+  c = base_config()
+  c.name = "aime"
+  c.model.path = MODELS[args.model]
+  c.task.name = "aime"
+
+  c.sampler.context = 8192  # the full prompt with its failure log, and the proposal
+  c.sampler.max_new_tokens = 1536
+  c.executor.max_new_tokens = 2048
+  c.executor.temperature = 0.7
+  c.executor.top_p = 0.95
+
+  c.search.rounds = 20
+  c.search.parents = 4
+  c.search.subset_problems = 8
+  c.search.full_problems = 0
+  c.search.full_top = 1
+  c.grpo.group_size = 8
+  c.grpo.micro_batch = 2
+  c.grpo.remat = True
+  c.optim.learning_rate = 1e-5
+  if args.smoke:
+    shrink(c)
+    c.task.path = "data/smoke/aime.jsonl"
+  return c

@@ -1,0 +1,185 @@
+"""Every field and its default; each experiment starts from here and changes what it needs.
+
+Numbers are shares in [0, 1], seconds, tokens or counts, as the name says.
+"""
+
+from ml_collections import ConfigDict
+
+
+def base_config() -> ConfigDict:
+  """The default configuration; `configs/NAME.py:get_config` returns a changed copy."""
+  c = ConfigDict()
+  c.seed = 0
+  c.name = "base"
+
+  c.model = ConfigDict(
+    dict(
+      path="",  # Hugging Face directory (or hub id); "" only where a config says so
+      dtype="auto",  # stored dtype of the base: auto = float32 on CPU, bfloat16 elsewhere
+      compute_dtype="auto",  # auto = float32 on CPU, bfloat16 elsewhere
+      quant="none",  # none
+      tokenizer="",  # directory or .model file; "" = the checkpoint's own
+      # Only for a model made from nothing (mode sft, empty path): fields of awf.qwen.config.QwenConfig.
+      architecture=ConfigDict(
+        dict(
+          family="qwen2",
+          vocab_size=0,  # 0 = the checkpoint says it all
+          hidden_size=256,
+          intermediate_size=640,
+          num_hidden_layers=4,
+          num_attention_heads=4,
+          num_key_value_heads=2,
+          head_dim=64,
+          rope_theta=1e6,
+          tie_word_embeddings=True,
+          max_position_embeddings=4096,
+        )
+      ),
+    )
+  )
+  c.lora = ConfigDict(
+    dict(
+      rank=16,
+      alpha=32.0,
+      targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+      init_path="",  # a PEFT adapter to start from
+    )
+  )
+  # The policy's sampling, and the shape of the engine that the executor shares.
+  c.sampler = ConfigDict(
+    dict(
+      temperature=1.0,
+      top_p=1.0,
+      top_k=0,
+      max_new_tokens=512,  # of a proposal
+      rows=32,  # decode rows; strict mode: the one row shape
+      context=2048,  # prompt + completion, tokens
+      prefill_rows=8,
+      steps_per_dispatch=16,
+      strict=True,  # one row shape, bit-equal rows whatever their neighbours
+    )
+  )
+  # How workflows call the model (adapter off).
+  c.executor = ConfigDict(
+    dict(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=256, system="", concurrency=64)
+  )
+  c.task = ConfigDict(
+    dict(
+      name="aime",  # aime, gsm8k, humaneval, nano
+      path="",  # local JSON or JSON lines; "" downloads from the data set's home
+      test_path="",  # for a data set that comes split
+      limit=0,  # use the first n problems; 0 = all
+      split_seed=42,
+      validation_share=0.8,
+    )
+  )
+  c.sandbox = ConfigDict(
+    dict(
+      workers=0,  # runnable children at a time; 0 = cores
+      max_children=64,
+      cpu_seconds=10.0,
+      wall_seconds=30.0,
+      memory_mb=512,
+      output_bytes=1_000_000,
+      max_calls=32,
+      preload_numeric=True,  # numpy and sympy for programs
+      allow_weak=False,
+    )
+  )
+  c.search = ConfigDict(
+    dict(
+      scope="dataset",  # dataset
+      selection="aflow",  # aflow (soft mixture), uct
+      rounds=10,  # expansions steps; each proposes for `parents` nodes
+      parents=4,  # nodes expanded at once (groups of a GRPO batch)
+      sample=4,  # AFlow's pool size for the soft mixture
+      mix_lambda=0.3,
+      mix_alpha=0.2,
+      uct_c=1.0,
+      prompt="full",  # full (any chat model), compact
+      logs=3,  # failure log entries shown to the optimiser
+      experience=8,  # experience lines shown to the optimiser
+      smoke_problems=1,
+      subset_problems=8,  # common problems of a group, for the reward
+      full_problems=0,  # full validation of survivors; 0 = all validation problems
+      full_top=2,  # children per round that go on to full validation
+      starts="",  # JSON lines {graph, prompt}: further start workflows beside the seed
+      start_share=0.0,  # share of the parents of a round taken from the start workflows
+      driver="awf",
+    )
+  )
+  c.reward = ConfigDict(
+    dict(parse=0.0, static=0.05, smoke=0.1, runs=0.2, score=0.8)
+  )  # ALGORITHMS.md's table: fails parsing, fails the check, fails smoke, runs + score x mean
+  c.grpo = ConfigDict(
+    dict(
+      group_size=8,
+      advantage="grpo",  # grpo, dr_grpo
+      std_eps=1e-4,
+      clip_low=0.2,
+      clip_high=0.28,
+      beta=0.0,  # KL to the base (adapter off), k3
+      entropy_coef=0.0,
+      aggregation="token_mean",
+      steps_per_batch=1,  # optimiser steps on one batch, all clipped against the same old log-probs
+      micro_batch=8,  # rows of one forward/backward pass
+      mask_truncated=False,
+      vocab_chunk=4096,  # positions x vocabulary never exists: tokens per chunk of the head
+      remat=False,
+    )
+  )
+  c.optim = ConfigDict(
+    dict(
+      learning_rate=1e-5,
+      schedule="constant",  # constant, cosine, linear
+      warmup_steps=0,
+      total_steps=0,  # for cosine and linear; 0 = what the run will do
+      weight_decay=0.0,
+      b1=0.9,
+      b2=0.99,
+      eps=1e-8,
+      grad_clip=1.0,
+    )
+  )
+  c.train = ConfigDict(
+    dict(
+      epochs=1,
+      episodes=1,  # searches per epoch
+      problems=0,  # scope="problem" only
+      checkpoint_every=1,  # rounds
+      keep_checkpoints=2,
+      minutes=0.0,  # wall-time limit; 0 = none
+    )
+  )
+  c.eval = ConfigDict(
+    dict(
+      samples=4,  # per problem, for pass@k and self-consistency
+      pass_k=(1, 4),
+      problems=0,  # 0 = the whole test split
+      parents="",  # JSON lines {graph, prompt}: held-out parents of the before/after comparison
+      parent_count=0,  # 0 = no before/after comparison
+      proposals_per_parent=8,
+      parent_problems=16,  # problems that score these proposals; from the validation split, never trained on
+      bootstrap=2000,
+    )
+  )
+  c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+  c.sft = ConfigDict(
+    dict(
+      path="",  # JSON lines {prompt, response} or {messages, response}
+      weights="lora",  # lora, all
+      steps=1000,
+      batch=32,
+      length=512,
+      pack=True,
+      prompt_weight=0.0,  # loss weight of prompt tokens
+      save="",  # directory for the trained checkpoint or adapter; "" = DIR/model
+      save_dtype="float32",
+      log_every=20,
+    )
+  )
+  c.bench = ConfigDict(
+    dict(what="sampler", batch=16, prompt=128, new=128, group=1, lengths="fixed", repeats=5)
+  )  # what: sampler, update, workflow
+  c.backup = ConfigDict(dict(path="", keep=2))
+  return c

@@ -1,0 +1,39 @@
+"""HumanEval: Python functions, graded by their hidden tests in a second sandbox.
+
+  python launch.py --config=configs/humaneval.py                     (Qwen2.5-1.5B-Instruct)
+  python launch.py --config=configs/humaneval.py:model=qwen3-0.6b
+  python launch.py --config=configs/humaneval.py:smoke  (CPU, under a minute, no download)
+
+164 problems, split 131 / 33. Without access to the hub, give the files:
+  --config.model.path=DIR_OF_THE_MODEL --config.task.path=HumanEval.jsonl
+  (fields task_id, prompt, entry_point, canonical_solution, test)
+"""
+
+from configs.args import Choice, parse_args
+from configs.base import base_config
+from configs.common import MODELS, shrink
+
+
+def get_config(arg=None):
+  args = parse_args(arg, model=Choice("qwen2.5-1.5b", MODELS), smoke=False)
+  c = base_config()
+  c.name = "humaneval"
+  c.model.path = MODELS[args.model]
+  c.task.name = "humaneval"
+
+  c.sampler.context = 6144
+  c.sampler.max_new_tokens = 1024
+  c.executor.max_new_tokens = 768
+  c.executor.temperature = 0.7
+
+  c.search.rounds = 20
+  c.search.subset_problems = 12
+  c.search.full_problems = 0
+  c.search.full_top = 1
+  c.grpo.micro_batch = 2
+  c.grpo.remat = True
+  c.optim.learning_rate = 1e-5
+  if args.smoke:
+    shrink(c)
+    c.task.path = "data/smoke/humaneval.jsonl"
+  return c

@@ -1,0 +1,104 @@
+"""The command line: `python launch.py --config=configs/NAME.py [--workdir=DIR] [--mode=MODE]`.
+
+Progress goes to stderr; the last line of stdout is one JSON object. Exit codes: 0 success, 1 a
+fault of the program (traceback on stderr), 2 a mistake of the user (one line), 130 or 143
+interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from awf import cli
+from awf.config_io import resolve_paths
+from awf.types import UserError
+from awf.workdir import Workdir
+
+log = logging.getLogger("awf")
+
+
+class _Terminated(KeyboardInterrupt):
+  """SIGTERM: handled like Ctrl-C, so that a pre-empted run ends in order."""
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs one command; returns the exit code."""
+  if "--help" in argv or "-h" in argv or "--helpfull" in argv:
+    print(cli.usage())
+    return 0
+  _setup_logging()
+  signal.signal(signal.SIGTERM, _on_sigterm)
+  command = None
+  try:
+    command = cli.parse(argv)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON line alone
+      result = _run(command, argv)
+    print(cli.json_line(result), flush=True)
+    return 0
+  except UserError as e:
+    print("error: " + " ".join(str(e).split()), file=sys.stderr)
+    return 2
+  except KeyboardInterrupt as e:
+    _say_interrupted(command, argv)
+    return 143 if isinstance(e, _Terminated) else 130
+
+
+def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
+  """Dispatches to the mode's function; JAX is not imported here, the sandbox starts before it."""
+  mode = cli.MODES[command.mode]
+  config = resolve_paths(command.config)
+  config.lock()
+  with Workdir(command.workdir) as workdir:
+    if mode.owns_workdir:
+      resumed = workdir.open(command.config, command.mode, _command_line(argv))
+      log.info("%s %s in %s", "resuming" if resumed else "starting", command.mode, workdir)
+    module, name = mode.function.split(":")
+    function = getattr(importlib.import_module(module), name)
+    extra = {flag: getattr(command, flag) for flag in mode.needs}
+    try:
+      result = dict(function(config, workdir, **extra))
+    except UserError:
+      raise
+    except Exception:
+      log.exception("%s failed", command.mode)  # run.log keeps the traceback
+      raise SystemExit(1) from None
+    result.setdefault("mode", command.mode)
+    if mode.owns_workdir:
+      result.setdefault("workdir", str(workdir))
+    return result
+
+
+def _setup_logging() -> None:
+  """awf's own progress and everybody's warnings, on stderr."""
+  logging.basicConfig(
+    stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING
+  )
+  log.setLevel(logging.INFO)
+
+
+def _on_sigterm(signum: int, frame: object) -> None:
+  del signum, frame
+  raise _Terminated
+
+
+def _command_line(argv: Sequence[str]) -> str:
+  return shlex.join(["python", "launch.py", *argv])
+
+
+def _say_interrupted(command: cli.Command | None, argv: Sequence[str]) -> None:
+  """One line: what happened and how to go on."""
+  text = "interrupted"
+  if command is not None and cli.MODES[command.mode].owns_workdir:
+    text += f"; {command.workdir} keeps what was done, resume with: {_command_line(argv)}"
+  print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,45 @@
+"""Every test runs on eight virtual CPU devices; warnings and silent rank promotion are errors."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Read when JAX is imported, so before any test module.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+  [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+).strip()
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Compiled programs of earlier test runs; child processes of the tests share them.
+CACHE = ROOT / ".cache"
+os.environ["AWF_CACHE"] = str(CACHE)
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# The reference implementation is installed by .ci/run only.
+collect_ignore = [] if importlib.util.find_spec("torch") else ["parity"]
+
+# Each exception names where the warning comes from.
+WARNINGS = (
+  "error",
+  # ml_collections and other packages built with SWIG or pybind11, on Python 3.12 and later.
+  "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
+  # jax and orbax on os.fork() of libraries that they start themselves.
+  "ignore:os.fork\\(\\) was called:RuntimeWarning",
+)
+
+
+def pytest_configure(config):
+  for line in WARNINGS:
+    config.addinivalue_line("filterwarnings", line)
+  import jax
+
+  from awf.runtime_setup import setup_jax
+
+  setup_jax()
+  if len(jax.devices()) != 8:
+    raise RuntimeError(f"expected 8 virtual CPU devices, got {jax.devices()}")

@@ -1,0 +1,286 @@
+"""The command line: one line for each mistake, one JSON line for success, clean interrupts."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import sentencepiece
+from conftest import ROOT
+
+import launch
+from awf import cli
+from awf.qwen.config import QwenConfig
+from awf.qwen.hf import save_checkpoint
+from awf.qwen.model import init_params
+from awf.types import UserError
+from awf.workdir import Workdir, differing_fields, new_record, versions
+from configs.base import base_config
+
+SMALL = "--config=configs/quickstart.py:smoke"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  """A random model of the Qwen2 layout, small enough to compile in seconds."""
+  path = tmp_path_factory.mktemp("model")
+  config = QwenConfig(256, 32, 64, 1, 2, 1, 16, tie_word_embeddings=True)
+  save_checkpoint(path, init_params(config, jax.random.key(0)), config, (), dtype="float32")
+  return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  """A tokenizer and training lines: what a model from nothing needs."""
+  folder = tmp_path_factory.mktemp("text")
+  lines = [f"{i} plus {j} is {i + j}" for i in range(30) for j in range(10)]
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(lines),
+    model_prefix=str(folder / "tokenizer"),
+    vocab_size=320,
+    model_type="bpe",
+    byte_fallback=True,
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    normalization_rule_name="identity",
+    user_defined_symbols=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    bos_id=-1,
+    eos_id=-1,
+    pad_id=-1,
+    minloglevel=2,
+  )
+  rows = [json.dumps({"prompt": line[:8], "response": line}) for line in lines]
+  (folder / "sft.jsonl").write_text("\n".join(rows))
+  return folder
+
+
+def run(*argv):
+  """Exit code of one command in this process."""
+  return launch.main(list(argv))
+
+
+def one_line_error(capsys, *argv):
+  """The single line that a mistake prints; stdout stays empty."""
+  assert run(*argv) == 2
+  out, err = capsys.readouterr()
+  lines = [line for line in err.splitlines() if line]
+  assert out == "" and len(lines) == 1 and lines[0].startswith("error: "), err
+  return lines[0]
+
+
+@pytest.mark.parametrize(
+  ("argv", "expected"),
+  [
+    ((), "--config is missing"),
+    (("--config",), "--config is missing"),
+    (("--config=configs/nope.py",), "no such file; known:"),
+    (("--config=configs/quickstart.py:smoek",), "did you mean smoke?"),
+    (("--config=configs/aime.py:model=gpt",), "expected one of qwen2-7b"),
+    (("--config=launch.py",), "get_config"),
+    ((SMALL, "--mode=evl"), "did you mean eval?"),
+    ((SMALL, "--mode"), "--mode needs a value"),
+    ((SMALL, "--mod=eval"), "did you mean --mode?"),
+    ((SMALL, "--confg.seed=1"), "did you mean --config?"),
+    ((SMALL, "eval"), "unexpected argument 'eval'"),
+    ((SMALL, "--config.sed=1"), "nearest known field is --config.seed"),
+    ((SMALL, "--config.gpro.group_size=1"), "--config.grpo.group_size"),
+    ((SMALL, "--config.search.round", "1"), "--config.search.rounds"),
+    ((SMALL, "--config.optim=1"), "group of fields"),
+    ((SMALL, "--config.seed.x=1"), "--config.seed.x is unknown"),
+    ((SMALL, "--config.=1"), "is unknown"),
+    ((SMALL, "--config.lora.targets[0]=x"), "is unknown"),
+    ((SMALL, "--config.seed=abc"), "--config.seed=abc: expected int (its default is 0)"),
+    ((SMALL, "--config.seed=1.5"), "expected int"),
+    ((SMALL, "--config.seed="), "expected int"),
+    ((SMALL, "--config.seed"), "--config.seed needs a value"),
+    ((SMALL, "--config.optim.learning_rate=fast"), "expected float"),
+    ((SMALL, "--config.grpo.remat=perhaps"), "expected bool"),
+    ((SMALL, "--config.eval.pass_k=1,b"), "config.eval.pass_k"),
+    ((SMALL, "--config.grpo.group_size=1"), "config.grpo.group_size = 1: expected at least 2"),
+    ((SMALL, "--config.model.path=/nowhere"), "configs/quickstart.py"),
+    ((SMALL, "--flagfile=/nowhere"), "/nowhere"),
+  ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, argv, expected):
+  assert expected in one_line_error(capsys, *argv)
+
+
+def test_overrides_of_all_types(checkpoint):
+  argv = [
+    SMALL, "--mode=bench", f"--config.model.path={checkpoint}", "--config.seed", "7",
+    "-config.lora.rank=4", "--config.optim.learning_rate=1", "--config.grpo.remat",
+    "--noconfig.sampler.strict", "--config.lora.targets=q_proj,v_proj", "--config.eval.pass_k=(1,)",
+    "--config.seed=8",
+  ]  # fmt: skip
+  command = cli.parse(argv)
+  c = command.config
+  assert (c.seed, c.lora.rank, c.optim.learning_rate) == (8, 4, 1.0)
+  assert (c.grpo.remat, c.sampler.strict) == (True, False)
+  assert (c.lora.targets, c.eval.pass_k) == (("q_proj", "v_proj"), (1,))
+  assert str(command.workdir) == "runs/quickstart" and c.is_locked
+
+
+def test_generate_needs_its_files(capsys, checkpoint):
+  line = one_line_error(
+    capsys, SMALL, f"--config.model.path={checkpoint}", "--mode=generate", "--input=x"
+  )
+  assert "--output" in line
+
+
+def test_help_lists_every_mode(capsys):
+  assert run("--help") == 0
+  out = capsys.readouterr().out
+  assert all(f"--mode={name}" in out for name in cli.MODES)
+
+
+@pytest.mark.parametrize("what", ("sampler", "update"))
+def test_bench_prints_one_json_line(capsys, checkpoint, tmp_path, what):
+  code = run(
+    SMALL, "--mode=bench", f"--workdir={tmp_path / 'run'}", f"--config.bench.what={what}",
+    f"--config.model.path={checkpoint}", "--config.bench.group=2", "--config.lora.rank=2",
+    "--config.mesh.data=1",
+  )  # fmt: skip
+  out = capsys.readouterr().out
+  assert code == 0 and out.count("\n") == 1
+  result = json.loads(out)
+  assert result["tokens_per_second"] > 0 and result["what"] == what
+  assert (result["batch"], result["prompt"], result["new"], result["group"]) == (4, 16, 16, 2)
+  assert len(result["seconds"]) == 1 and result["versions"]["jax"] == jax.__version__
+  assert not (tmp_path / "run").exists()  # a benchmark leaves nothing behind
+
+
+def test_bench_prompts_are_new_in_every_repeat():
+  from awf.bench import sampler_requests
+
+  config = base_config()
+  config.bench.update(batch=16, prompt=8, group=4)
+  seen = [r.prompt_ids for salt in range(4) for r in sampler_requests(config, 1200, salt)]
+  assert len(seen) == 16 and len({p[0] for p in seen}) == 16
+  config.bench.lengths = "mixed"
+  lengths = {len(r.prompt_ids) for r in sampler_requests(config, 1200, 0)}
+  assert len(lengths) > 1 and max(lengths) <= 8
+
+
+def test_json_line_is_strict():
+  line = cli.json_line({"a": math.nan, "b": np.float32(1.5), "c": (np.arange(2), None), "d": 1e400})
+  assert json.loads(line) == {"a": None, "b": 1.5, "c": [[0, 1], None], "d": None}
+
+
+def sft_argv(text, workdir, *more):
+  return [
+    "--config=configs/nano.py", "--mode=sft", f"--workdir={workdir}", "--config.mesh.data=1",
+    f"--config.model.tokenizer={text / 'tokenizer.model'}",
+    "--config.model.architecture.vocab_size=320", "--config.model.architecture.hidden_size=16",
+    "--config.model.architecture.num_hidden_layers=1",
+    "--config.model.architecture.intermediate_size=16", "--config.model.architecture.head_dim=4",
+    f"--config.sft.path={text / 'sft.jsonl'}", "--config.sft.batch=2", "--config.sft.length=64",
+    "--config.optim.warmup_steps=0", *more,
+  ]  # fmt: skip
+
+
+def test_a_run_leaves_its_record_and_a_changed_config_is_refused(capsys, text, tmp_path):
+  run_dir = tmp_path / "run"
+  argv = sft_argv(text, run_dir, "--config.sft.steps=2", "--config.sft.log_every=1")
+  assert run(*argv) == 0
+  result = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert result["workdir"] == str(run_dir) and result["mode"] == "sft"
+  record = json.loads((run_dir / "config.json").read_text())
+  assert record["config"]["sft"]["steps"] == 2 and record["versions"]["jax"] == jax.__version__
+  assert record["backend"] == "cpu" and "--mode=sft" in record["command"]
+  assert "starting sft" in (run_dir / "run.log").read_text()
+
+  before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+  line = one_line_error(capsys, *argv, "--config.seed=5", "--config.sft.batch=4")
+  assert "config.seed: there 0, here 5" in line and "config.sft.batch: there 2, here 4" in line
+  assert "mode sft, not train" in one_line_error(capsys, *argv, "--mode=train")
+  assert before == {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+  assert run(*argv, "--config.train.minutes=9") == 0  # how, not what: resumes
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_to_resume(text, tmp_path, sent, code):
+  run_dir = tmp_path / "run"
+  argv = sft_argv(text, run_dir, "--config.sft.steps=100000", "--config.sft.log_every=1")
+  process = subprocess.Popen(
+    [sys.executable, str(ROOT / "launch.py"), *argv],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**os.environ, "PYTHONWARNINGS": "ignore"},
+  )
+  log, deadline = run_dir / "metrics.jsonl", time.monotonic() + 60
+  while not (log.exists() and log.stat().st_size):
+    assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+    time.sleep(0.05)
+  process.send_signal(sent)
+  out, err = process.communicate(timeout=30)
+  assert process.returncode == code, err
+  last = err.splitlines()[-1]
+  assert out == "" and "Traceback" not in err
+  assert last.startswith("interrupted") and "resume with: python launch.py --config=" in last
+
+
+def test_a_second_process_is_kept_out(tmp_path):
+  config = base_config()
+  with Workdir(tmp_path / "run") as first:
+    assert first.open(config, "train") is False
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+      Workdir(tmp_path / "run").open(config, "train")
+  with Workdir(tmp_path / "run") as again:
+    assert again.open(config, "train") is True
+
+
+def test_the_record_of_a_run_must_be_readable(tmp_path):
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(UserError, match="cannot be read"):
+    Workdir(tmp_path).open(base_config(), "train")
+
+
+def test_workdir_that_cannot_be_made(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="cannot write there"):
+    Workdir(tmp_path / "file").open(base_config(), "train")
+
+
+def test_differing_fields_leaves_out_how_a_run_is_carried_out():
+  old = json.loads(json.dumps(new_record(base_config(), "train")))["config"]
+  config = base_config()
+  assert differing_fields(old, config) == []  # tuples equal the lists of JSON
+  config.backup.path = "/drive"
+  config.sandbox.workers = 3
+  config.train.minutes = 1.0
+  assert differing_fields(old, config) == []
+  config.eval.samples = 9
+  assert differing_fields(old, config, ignore_eval=True) == []
+  assert differing_fields(old, config) == ["config.eval.samples: there 4, here 9"]
+  del old["grpo"]["beta"]
+  assert differing_fields(old, config)[-1] == "config.grpo.beta: there unset, here 0.0"
+
+
+def test_versions_name_what_results_depend_on():
+  assert {"python", "awf", "jax", "jaxlib", "flax"} <= set(versions())
+
+
+def test_eval_and_report_look_at_a_run_of_another_mode(capsys, tmp_path):
+  config = base_config()
+  with Workdir(tmp_path / "run") as workdir:
+    workdir.open(config, "train")
+  with Workdir(tmp_path / "run") as workdir:
+    assert workdir.open(config, "eval") is True
+  assert run("--mode=report", f"--workdir={tmp_path / 'run'}") == 0
+  result = json.loads(capsys.readouterr().out)
+  assert os.path.isfile(result["report"])
+  assert "holds no run" in one_line_error(capsys, "--mode=report", f"--workdir={tmp_path / 'no'}")
+
+
+def test_a_hub_model_without_network_names_the_way_out(capsys, tmp_path):
+  line = one_line_error(
+    capsys, "--config=configs/aime.py:qwen3-0.6b", "--mode=bench", f"--workdir={tmp_path / 'r'}"
+  )
+  assert "--config.model.path" in line and "configs/quickstart.py" in line

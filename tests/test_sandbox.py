@@ -1,0 +1,552 @@
+"""The sandbox with well-meaning jobs: protocol, determinism, budgets, scheduling, recovery."""
+
+import asyncio
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from awf.sandbox import CallError, Job, Limits, Sandbox, SandboxConfig, frames, syscalls
+from awf.sandbox.program import decode_value, encode_value
+from awf.types import Failure, UserError
+
+
+@pytest.fixture(scope="module")
+def box():
+  with Sandbox(SandboxConfig(workers=2), preload=("sandbox_jobs",)) as sandbox:
+    yield sandbox
+
+
+@pytest.fixture(scope="module")
+def small_box():
+  config = SandboxConfig(workers=1, max_children=4, preload_numeric=False)
+  with Sandbox(config, preload=("sandbox_jobs",)) as sandbox:
+    yield sandbox
+
+
+def source_job(source, seed=0, limits=None, **payload):
+  return Job(
+    "sandbox_jobs:run_source", {"source": textwrap.dedent(source), **payload}, seed, limits
+  )
+
+
+def program_job(source, **payload):
+  return Job("awf.sandbox.program:run_program", {"source": textwrap.dedent(source), **payload})
+
+
+async def echo(method, params):
+  await asyncio.sleep(0)
+  return {"method": method, "params": params}
+
+
+def test_probe_says_what_holds(box):
+  report = box.probe.as_dict()
+  assert report["strong"] and not report["missing"]
+  assert report["attempts"]["file_read"].startswith("refused")
+  assert report["attempts"]["own_directory"] == "possible"
+  assert "\n" not in box.probe.summary()
+  assert report["layers"]["seccomp"]
+
+
+def test_program_value_text_and_stdout(box):
+  result = box.run_sync(program_job("def solve():\n  print('hello')\n  return (1, [2.5, None])"))
+  assert result.failure is None
+  assert result.value == {
+    "value": [1, [2.5, None]],
+    "text": "(1, [2.5, None])",
+    "stdout": "hello\n",
+  }
+  assert result.stdout == "hello\n"
+  assert result.cpu_seconds > 0
+  assert result.calls == 0
+
+
+def test_program_arguments_and_name(box):
+  result = box.run_sync(program_job("def add(a, b):\n  return a + b", function="add", args=[2, 40]))
+  assert result.value["value"] == 42
+
+
+def test_programs_may_use_numpy_and_sympy(box):
+  result = box.run_sync(
+    program_job(
+      """
+      import numpy as np
+      from sympy import symbols, solve as s, Integer
+      def solve():
+        x = symbols('x')
+        return [int(r) for r in s(x**2 - 5*x + 6)] + [np.float64(1.5), np.linalg.norm([3.0, 4.0])]
+      """
+    )
+  )
+  assert result.failure is None
+  assert result.value["value"] == [2, 3, 1.5, 5.0]
+
+
+def test_allowed_library_imports(box):
+  names = (
+    "math re json collections itertools functools statistics fractions decimal random string datetime heapq bisect "
+    "typing dataclasses asyncio textwrap copy operator"
+  ).split()
+  lines = "\n".join(f"import {name}" for name in names)
+  result = box.run_sync(program_job(f"{lines}\ndef solve():\n  return math.factorial(5)"))
+  assert result.value["value"] == 120
+
+
+def test_crash_names_type_message_and_line(box):
+  result = box.run_sync(program_job("def solve():\n  x = 1\n  return x / 0"))
+  assert result.failure == Failure("crash", "ZeroDivisionError: division by zero (line 3)")
+
+
+def test_missing_function_and_bad_syntax_are_format_failures(box):
+  assert box.run_sync(program_job("x = 1")).failure.kind == "format"
+  failure = box.run_sync(program_job("def solve(:\n  pass")).failure
+  assert failure.kind == "format" and "SyntaxError" in failure.message
+
+
+def test_run_calls_gives_each_input_its_outcome(box):
+  payload = {
+    "source": "def f(a, b):\n  return (a // b, {a})",
+    "function": "f",
+    "inputs": [[7, 2], [1, 0], [[1], 2]],
+  }
+  outputs = box.run_sync(Job("awf.sandbox.program:run_calls", payload)).value["outputs"]
+  assert decode_value(outputs[0]["value"]) == (3, {7})
+  assert outputs[1]["error"].startswith("ZeroDivisionError")
+  assert outputs[2]["error"].startswith("TypeError")
+
+
+TESTS = {
+  "tests": "def check(candidate):\n  assert candidate(2) == (2, [2])\n  assert candidate(x=3) == (3, [3]), 'x'",
+  "entry_point": "pair",
+}
+
+
+def test_run_tests_passes_and_fails(box):
+  good = {**TESTS, "solution": "def pair(x):\n  return (x, [x])"}
+  bad = {**TESTS, "solution": "def pair(x):\n  return [x, [x]]"}
+  entry = "awf.sandbox.program:run_tests"
+  assert box.run_sync(Job(entry, good)).value == {"passed": True, "error": ""}
+  value = box.run_sync(Job(entry, bad)).value
+  assert value["passed"] is False and value["error"].startswith("AssertionError")
+
+
+def test_run_tests_with_helpers_of_the_prompt(box):
+  payload = {
+    "prelude": "def helper(x):\n  return x * 2\ndef double(x):\n  'doc'",
+    "solution": "def double(x):\n  return x + x",
+    "tests": "assert helper(4) == double(4)",
+    "entry_point": "double",
+  }
+  assert box.run_sync(Job("awf.sandbox.program:run_tests", payload)).value["passed"] is True
+
+
+def test_run_tests_reports_the_solutions_own_failure(box):
+  spin = {**TESTS, "solution": "def pair(x):\n  while True: pass"}
+  limits = Limits(cpu_seconds=0.3)
+  result = box.run_sync(Job("awf.sandbox.program:run_tests", spin, limits=limits))
+  assert result.failure.kind == "timeout"
+  raising = {**TESTS, "solution": "def pair(x):\n  raise KeyError(x)"}
+  value = box.run_sync(Job("awf.sandbox.program:run_tests", raising)).value
+  assert value["passed"] is False and "KeyError" in value["error"]
+
+
+def test_many_test_runs_do_not_lock_each_other_out(small_box):
+  async def run_all():
+    payload = {**TESTS, "solution": "def pair(x):\n  return (x, [x])"}
+    job = Job("awf.sandbox.program:run_tests", payload)
+    return await asyncio.gather(*(small_box.run(job) for _ in range(12)))
+
+  results = asyncio.run(run_all())
+  assert all(r.failure is None and r.value["passed"] for r in results)
+
+
+def test_handlers_may_run_programs_while_every_child_waits(small_box):
+  async def handler(method, params):
+    result = await small_box.run(program_job(f"def solve():\n  return {params} * 2"))
+    return result.value["value"]
+
+  job = source_job("async def main(call):\n  return [await call('p', 4), await call('p', 5)]")
+
+  async def run_all():
+    return await asyncio.gather(*(small_box.run(job, handler) for _ in range(10)))
+
+  assert [r.value for r in asyncio.run(run_all())] == [[8, 10]] * 10
+
+
+def test_calls_reach_the_handler_and_come_back(box):
+  job = source_job("async def main(call):\n  return await call('llm', {'messages': ['é', 1]})")
+  result = box.run_sync(job, echo)
+  assert result.value == {"method": "llm", "params": {"messages": ["é", 1]}}
+  assert result.calls == 1
+
+
+def test_call_error_is_raised_in_the_job(box):
+  async def refuse(method, params):
+    raise CallError("timeout", "too slow")
+
+  job = source_job(
+    """
+    from awf.sandbox import CallError
+    async def main(call):
+      try:
+        await call('llm')
+      except CallError as error:
+        return [error.kind, error.message]
+    """
+  )
+  assert box.run_sync(job, refuse).value == ["timeout", "too slow"]
+  uncaught = source_job("async def main(call):\n  await call('llm')")
+  assert box.run_sync(uncaught, refuse).failure == Failure("timeout", "too slow")
+
+
+def test_calls_without_a_handler_are_refused(box):
+  failure = box.run_sync(source_job("async def main(call):\n  await call('llm')")).failure
+  assert failure.kind == "policy"
+
+
+def test_failing_handler_is_infrastructure(box, caplog):
+  async def broken(method, params):
+    raise ConnectionError("no route")
+
+  failure = box.run_sync(source_job("async def main(call):\n  await call('llm')"), broken).failure
+  assert failure.kind == "infrastructure" and "no route" in failure.message
+
+
+def test_infrastructure_call_error_passes_through(box):
+  async def down(method, params):
+    raise CallError("infrastructure", "model is down")
+
+  failure = box.run_sync(source_job("async def main(call):\n  await call('llm')"), down).failure
+  assert failure == Failure("infrastructure", "model is down")
+
+
+ORDER = """
+  import asyncio
+  async def main(call):
+    log = []
+    async def one(i):
+      log.append(['reply', await call('x', i)])
+      await asyncio.sleep(0)
+      log.append(['after', i])
+    async def timer():
+      for k in range(3):
+        await asyncio.sleep(5)
+        log.append(['tick', k])
+    await asyncio.gather(timer(), *(one(i) for i in range(4)))
+    return log
+"""
+
+
+def test_order_of_events_does_not_depend_on_the_replies_timing(box):
+  def handler_with(delays):
+    async def handler(method, params):
+      await asyncio.sleep(delays[params])
+      return params
+
+    return handler
+
+  logs = [
+    box.run_sync(source_job(ORDER), handler_with(delays)).value
+    for delays in ((0.0, 0.0, 0.0, 0.0), (0.06, 0.03, 0.015, 0.0), (0.0, 0.04, 0.0, 0.02))
+  ]
+  assert logs[0] == logs[1] == logs[2]
+  assert logs[0][:2] == [["reply", 0], ["after", 0]]
+  assert [entry for entry in logs[0] if entry[0] == "tick"] == logs[0][-3:]
+
+
+def test_sleep_is_virtual_and_waits_for_calls(box):
+  job = source_job(
+    """
+    import asyncio, time
+    async def main(call):
+      loop = asyncio.get_running_loop()
+      await asyncio.sleep(1000)
+      at = loop.time()
+      reply = await asyncio.wait_for(call('slow'), timeout=0.001)
+      try:
+        await asyncio.wait_for(asyncio.sleep(50), timeout=2)
+      except asyncio.TimeoutError:
+        return [at, reply['method'], loop.time()]
+    """
+  )
+  started = time.monotonic()
+  result = box.run_sync(job, echo)
+  assert result.value == [1000.0, "slow", 1002.0]
+  assert result.virtual_seconds == 1002.0
+  assert time.monotonic() - started < 10
+
+
+def test_asyncio_run_inside_a_program_is_virtual_too(box):
+  job = program_job(
+    """
+    import asyncio
+    async def work(i):
+      await asyncio.sleep(i * 100)
+      return i
+    async def main():
+      inner = await asyncio.to_thread(sum, [1, 2])
+      return list(await asyncio.gather(*(work(i) for i in range(4)))) + [inner]
+    def solve():
+      return asyncio.run(main())
+    """
+  )
+  assert box.run_sync(job).value["value"] == [0, 1, 2, 3, 3]
+
+
+def test_a_job_is_a_function_of_payload_seed_and_replies(box):
+  source = """
+    import random, sys
+    def main(call):
+      numpy = sys.modules['numpy']
+      return [random.random(), float(numpy.random.rand()), hash('text'), list({'a', 'b', 'c'})]
+  """
+  first, second, other = (box.run_sync(source_job(source, seed=s)).value for s in (7, 7, 8))
+  assert first == second
+  assert first[0] != other[0] and first[1] != other[1] and first[2:] == other[2:]
+
+
+def test_wall_time_excludes_waiting(box):
+  async def slow(method, params):
+    await asyncio.sleep(0.9)
+    return None
+
+  job = source_job(
+    "async def main(call):\n  await call('x')\n  return 1", limits=Limits(wall_seconds=0.6)
+  )
+  result = box.run_sync(job, slow)
+  assert result.failure is None and result.wall_seconds < 0.6
+
+
+def test_waiting_children_leave_their_slot(small_box):
+  async def run_all():
+    gate = asyncio.Event()
+
+    async def wait(method, params):
+      await gate.wait()
+      return 1
+
+    parked = [
+      asyncio.create_task(
+        small_box.run(source_job("async def main(c):\n  return await c('x')"), wait)
+      )
+      for _ in range(3)
+    ]
+    result = await small_box.run(program_job("def solve():\n  return 5"))
+    gate.set()
+    return result, await asyncio.gather(*parked)
+
+  result, parked = asyncio.run(run_all())
+  assert result.value["value"] == 5
+  assert [p.value for p in parked] == [1, 1, 1]
+
+
+def test_cancelled_run_ends_its_child(small_box):
+  async def scenario():
+    async def never(method, params):
+      await asyncio.Event().wait()
+
+    job = source_job("async def main(call):\n  await call('x')")
+    task = asyncio.create_task(small_box.run(job, never))
+    while not small_box.stats()["alive"]:
+      await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+      await task
+    while small_box.stats()["alive"]:
+      await asyncio.sleep(0.01)
+
+  asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_jobs_start_in_an_empty_private_directory(box):
+  source = """
+    import os
+    def main(call):
+      before = os.listdir('.')
+      with open('note.txt', 'w') as file:
+        file.write('x')
+      return [before, os.listdir('.'), os.getcwd()]
+  """
+  first, second = (box.run_sync(source_job(source)).value for _ in range(2))
+  assert first[:2] == second[:2] == [[], ["note.txt"]]
+  assert not os.path.exists(os.path.join(first[2], "note.txt"))
+
+
+def test_zygote_that_dies_is_replaced_and_jobs_run_again():
+  config = SandboxConfig(workers=1, preload_numeric=False)
+  with Sandbox(config, preload=("sandbox_jobs",)) as sandbox:
+    calls = []
+
+    async def killer(method, params):
+      calls.append(params)
+      if len(calls) == 1:
+        os.kill(sandbox.stats()["zygote_pid"], signal.SIGKILL)
+        await asyncio.sleep(30)
+      return params
+
+    job = source_job("async def main(call):\n  return await call('x', 3)")
+    result = sandbox.run_sync(job, killer)
+    assert result.failure is None and result.value == 3
+    assert calls == [3, 3]
+    assert sandbox.stats()["restarts"] == 1
+
+
+def test_two_lost_zygotes_are_an_infrastructure_failure():
+  config = SandboxConfig(workers=1, preload_numeric=False)
+  with Sandbox(config, preload=("sandbox_jobs",)) as sandbox:
+
+    async def killer(method, params):
+      os.kill(sandbox.stats()["zygote_pid"], signal.SIGKILL)
+      await asyncio.sleep(30)
+
+    result = sandbox.run_sync(source_job("async def main(call):\n  await call('x')"), killer)
+    assert result.failure.kind == "infrastructure"
+    assert sandbox.run_sync(program_job("def solve():\n  return 1")).value["value"] == 1
+
+
+def test_children_die_with_the_parent():
+  script = textwrap.dedent(
+    """
+    import os, signal, threading, time
+    from awf.sandbox import Job, Sandbox, SandboxConfig
+    box = Sandbox(SandboxConfig(workers=1, preload_numeric=False))
+    source = "def solve():\\n  while True: pass"
+    job = Job("awf.sandbox.program:run_program", {"source": source})
+    threading.Thread(target=box.run_sync, args=(job,), daemon=True).start()
+    while True:
+      pids = [run.pid for run in box._pool._schedule.alive.values() if run.ready and run.pid]
+      if pids:
+        break
+      time.sleep(0.01)
+    print(box.stats()["zygote_pid"], *pids, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+    """
+  )
+  environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+  done = subprocess.run(
+    [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60
+  )
+  pids = [int(text) for text in done.stdout.split()]
+  assert len(pids) == 2
+  deadline = time.monotonic() + 20
+  while any(os.path.exists(f"/proc/{pid}/exe") for pid in pids) and time.monotonic() < deadline:
+    time.sleep(0.02)
+  assert not any(_runs(pid) for pid in pids)
+
+
+def _runs(pid):
+  try:
+    with open(f"/proc/{pid}/stat") as file:
+      return file.read().rpartition(")")[2].split()[0] not in "ZX"
+  except (FileNotFoundError, ProcessLookupError):
+    return False
+
+
+def test_closed_sandbox_answers_infrastructure():
+  sandbox = Sandbox(SandboxConfig(workers=1, preload_numeric=False))
+  root = sandbox._pool.root
+  sandbox.close()
+  sandbox.close()
+  assert not os.path.exists(root)
+  result = sandbox.run_sync(program_job("def solve():\n  return 1"))
+  assert result.failure.kind == "infrastructure"
+
+
+def test_user_errors_name_the_field():
+  with pytest.raises(UserError, match="config.sandbox.memory_mb"):
+    SandboxConfig(memory_mb=1)
+  with pytest.raises(UserError, match="no_such_module"):
+    Sandbox(SandboxConfig(preload_numeric=False), preload=("no_such_module",))
+
+
+def test_accelerator_libraries_cannot_be_preloaded():
+  with pytest.raises(UserError, match="jax"):
+    Sandbox(SandboxConfig(preload_numeric=False), preload=("jax",))
+
+
+def test_malformed_jobs_are_refused_at_once(box):
+  for job in (
+    Job("os:system", {}),
+    Job("awf.sandbox.program:run_program", {"source": float("nan")}),
+    Job("awf.sandbox.program:run_program", {}, seed=-1),
+    Job("awf.sandbox.program:run_tests", {"tests": ""}),
+  ):
+    with pytest.raises(ValueError):
+      box.run_sync(job)
+
+
+def test_frames_refuse_what_may_not_cross():
+  for body in (
+    b"[1]",
+    b"{",
+    b'{"a":1,"a":2}',
+    b'{"a":NaN}',
+    b'{"a":1e999}',
+    b'{"a":"\\ud800"}',
+    b"\xff",
+  ):
+    with pytest.raises(frames.FrameError):
+      frames.decode(body)
+  with pytest.raises(frames.FrameError):
+    frames.decode(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+  with pytest.raises(frames.FrameError):
+    list(frames.FrameReader(10).feed(frames.HEADER.pack(11)))
+  assert frames.decode(b'{"a":[1,-0.0,"\\u00e9",null,true]}') == {"a": [1, -0.0, "é", None, True]}
+  pieces = frames.encode({"a": 1}) + frames.encode({"b": 2})
+  reader = frames.FrameReader(100)
+  bodies = [body for byte in pieces for body in reader.feed(bytes([byte]))]
+  assert [frames.decode(body) for body in bodies] == [{"a": 1}, {"b": 2}]
+
+
+def test_encoded_values_come_back_equal():
+  value = [
+    (1, 2.5, "x"), {3: (4,), "k": None}, {"@": 1}, {1, 2}, frozenset({"a"}), b"\x00\xff", 1 + 2j,
+    float("inf"), True,
+  ]  # fmt: skip
+  form = encode_value(value)
+  assert frames.json_fault(form) is None
+  assert decode_value(form) == value
+  assert decode_value({"a": {"b": [1]}}) == {"a": {"b": [1]}}
+  for forged in (
+    {"@": "eval", "v": []},
+    {"@": "tuple"},
+    {"@": "bytes", "v": [999]},
+    {"@": "set", "v": [[1]]},
+  ):
+    with pytest.raises(ValueError):
+      decode_value(forged)
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_filter_program_is_well_formed(machine):
+  for with_paths in (True, False):
+    code = syscalls.seccomp_program(machine, 1234, with_paths=with_paths)
+    count = len(code) // 8
+    assert len(code) % 8 == 0 and count < 4096
+    for index in range(count):
+      jump_true, jump_false = code[8 * index + 2], code[8 * index + 3]
+      assert index + 1 + max(jump_true, jump_false) < count
+  columns = {**syscalls.PLAIN, **syscalls.PATHS}
+  numbers = [syscalls.number(entry, machine) for entry in columns.values()]
+  known = [n for n in numbers if n >= 0]
+  assert len(known) == len(set(known))
+
+
+def test_import_of_the_package_needs_no_numeric_library():
+  code = "import sys, awf.sandbox; print([m for m in ('jax', 'numpy', 'flax') if m in sys.modules])"
+  environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+  )
+  assert done.stdout.strip() == "[]"
+
+
+def test_latency_of_a_trivial_job(box):
+  job = program_job("def solve():\n  return 1")
+  cpu = [box.run_sync(job).cpu_seconds for _ in range(15)]
+  assert statistics.median(cpu) < 0.05

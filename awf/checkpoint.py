@@ -1,7 +1,8 @@
 """Checkpoints of the training state: atomic, exact, the newest sound one wins.
 
 A checkpoint holds the state's arrays, a JSON dict of the caller, and a description: path, shape and
-dtype of each array, a digest of their bytes, and the hash of the base model, which is not stored.
+dtype of each array, and the hash of the base model, which is not stored. The last file written is a
+manifest with a digest of every other; a checkpoint counts when its files agree with it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from awf.types import UserError
+
+_MANIFEST = "manifest.json"
 
 # What orbax and tensorstore raise on missing, truncated or altered files.
 _BROKEN = (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError)
@@ -46,7 +50,8 @@ class Checkpointer:
 
   def steps(self) -> list[int]:
     """Steps that have a complete folder, ascending."""
-    return sorted(self._manager.all_steps(read=True))
+    self._manager.reload()
+    return sorted(self._manager.all_steps())
 
   def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> None:
     """Writes a checkpoint; it is there in full or not at all. A checkpoint of that step is replaced.
@@ -63,16 +68,18 @@ class Checkpointer:
     meta = {
       "extra": json.loads(json.dumps(extra or {})),
       "layout": _layout(arrays),
-      "digest": _digest(arrays),
       "base_hash": self._base_hash,
     }
     if step in self.steps():
       self._manager.delete(step)
-    items = ocp.args.Composite(
-      state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)
-    )
+    items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
     self._manager.save(step, args=items, force=True)
     self._manager.wait_until_finished()
+    if jax.process_index() == 0:
+      folder = self.directory / str(step)
+      draft = self.directory / f"{_MANIFEST}.{step}"
+      draft.write_text(json.dumps(_digests(folder), indent=1))
+      os.replace(draft, folder / _MANIFEST)
 
   def restore(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
     """Reads the newest sound checkpoint; a damaged one is logged and the one before it is tried.
@@ -108,16 +115,15 @@ class Checkpointer:
     self._manager.close()
 
   def _restore_step(self, step: int, template: Any) -> tuple[int, Any, dict[str, Any]]:
+    # Checked before orbax reads: a read that fails half-way leaves others behind.
+    folder = self.directory / str(step)
+    if json.loads((folder / _MANIFEST).read_text()) != _digests(folder):
+      raise BrokenCheckpointError("its files are not those that were written")
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-    if not isinstance(meta, dict) or not {"extra", "layout", "digest", "base_hash"} <= set(meta):
-      raise BrokenCheckpointError("its description is incomplete")
     self._check(step, meta, _layout(_arrays(template)))
     abstract = {name: _abstract(leaf) for name, leaf in _arrays(template).items()}
     items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     arrays = self._manager.restore(step, args=items).state
-    digest = _digest(arrays)
-    if meta["digest"] and digest and digest != meta["digest"]:
-      raise BrokenCheckpointError("its arrays are not those that were saved")
     return step, _rebuild(template, arrays), meta["extra"]
 
   def _check(self, step: int, meta: dict[str, Any], expected: dict[str, list]) -> None:
@@ -128,7 +134,9 @@ class Checkpointer:
         f"(hash {saved[:12]}, expected {self._base_hash[:12]}); change config.model.path or --workdir"
       )
     differing = sorted(
-      name for name in {*meta["layout"], *expected} if meta["layout"].get(name) != expected.get(name)
+      name
+      for name in {*meta["layout"], *expected}
+      if meta["layout"].get(name) != expected.get(name)
     )
     if differing:
       name = differing[0]
@@ -158,15 +166,15 @@ def _layout(arrays: dict[str, Any]) -> dict[str, list]:
   return {name: [list(np.shape(x)), str(x.dtype)] for name, x in arrays.items()}
 
 
-def _digest(arrays: dict[str, Any]) -> str:
-  """SHA-256 over names and bytes; "" when other hosts hold a part."""
-  if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in arrays.values()):
-    return ""
-  digest = hashlib.sha256()
-  for name in sorted(arrays):
-    digest.update(name.encode())
-    digest.update(np.ascontiguousarray(np.asarray(arrays[name])).tobytes())
-  return digest.hexdigest()
+def _digests(folder: Path) -> dict[str, str]:
+  """Relative path -> SHA-256 of every file of a checkpoint but the manifest."""
+  digests = {}
+  for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    name = path.relative_to(folder).as_posix()
+    if name != _MANIFEST:
+      with path.open("rb") as file:
+        digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+  return digests
 
 
 def _abstract(leaf: Any) -> Any:

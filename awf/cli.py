@@ -39,10 +39,10 @@ MODES: dict[str, Mode] = {
   ),
   "sft": Mode("awf.sft:run_sft", "supervised cold start on {prompt, response} lines", True),
   "generate": Mode(
-    "awf.modes:run_generate", "JSON lines in, completions out", needs=("input", "output")
+    "awf.generate:run_generate", "JSON lines in, completions out", needs=("input", "output")
   ),
   "bench": Mode("awf.bench:run_bench", "throughput of sampler, update or workflows"),
-  "report": Mode("awf.modes:run_report", "one HTML page of a run"),
+  "report": Mode("awf.report:run_report", "one HTML page of a run"),
 }
 
 USAGE = """awf: trains a Qwen model to write better agent workflows.

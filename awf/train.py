@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from awf.system import System
-from awf.types import Rollout, stable_hash
+from awf.types import Rollout, WorkflowSource, stable_hash
 
 log = logging.getLogger("awf")
 
@@ -86,6 +86,8 @@ class Loop:
     """Runs what is left of the run and its closing evaluation."""
     self._resume()
     p, t = self.progress, self.config.train
+    if p.episode == t.epochs * t.episodes and (self.workdir / "summary.json").is_file():
+      return self._done_before()
     if self.trains and self.config.eval.parent_count and p.before is None:
       p.before = await self._compare("before")
       self._save()
@@ -139,7 +141,6 @@ class Loop:
     best, seed = search.best(), search.tree.nodes[1]
     quality = p.beaten + (best.score > seed.score)
     results = {
-      **rollout_metrics(result.rollouts),
       **result.metrics,
       **update,
       "proposals/valid": share,
@@ -153,7 +154,9 @@ class Loop:
   def _update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """GRPO on the round's rollouts; the policy's new adapter serves the next proposals."""
     if self.trainer is None:
-      return {}
+      from awf.grpo.trainer import rollout_metrics
+
+      return rollout_metrics(rollouts, self.config.grpo.advantage, self.config.grpo.std_eps)
     metrics = self.trainer.update(list(rollouts))
     if metrics.get("skipped"):
       self.progress.skipped += 1
@@ -197,8 +200,6 @@ class Loop:
         "valid_rate_first": p.valid_first, "valid_rate_last": p.valid_last,
       }  # fmt: skip
     best = p.best if p.best is not None else _about(self.search)
-    from awf.types import WorkflowSource
-
     source = WorkflowSource(best["graph"], best["prompt"])
     folder = write_best(self.workdir, source, {"score": best["score"], "node": best["node"]})
     tested = await evaluate(
@@ -224,6 +225,14 @@ class Loop:
     }
     text = json.dumps({"comparison": {"before": p.before, "after": after}, **summary}, indent=2)
     (self.workdir / "summary.json").write_text(text + "\n", encoding="utf-8")
+    self._close(summary)
+    return summary
+
+  def _done_before(self) -> dict[str, Any]:
+    """The figures of a run that was already complete."""
+    log.info("this run is complete; its figures again (choose another --workdir for a new one)")
+    summary = json.loads((self.workdir / "summary.json").read_text(encoding="utf-8"))
+    summary.pop("comparison")
     self._close(summary)
     return summary
 
@@ -274,6 +283,7 @@ class Loop:
       OptimConfig.from_config(config.optim, steps),
       self.system.mesh,
       jax.random.key(stable_hash(config.seed, "learner") >> 32),
+      temperature=config.sampler.temperature,
     )
 
   def _make_search(self, episode: int):
@@ -347,7 +357,7 @@ class Loop:
     engine, executor = self.system.policy.engine.stats(), self.system.executor_totals()
     return {
       "calls": self.progress.calls + executor.get("llm_calls", 0),
-      "tokens": self.progress.tokens + int(engine["generated_tokens"]),
+      "tokens": self.progress.tokens + int(engine["tokens"]),
       "jobs": executor.get("jobs", 0),
     }
 
@@ -381,29 +391,6 @@ def _about(search) -> dict[str, Any]:
     "modification": best.modification,
     "seed_score": search.tree.nodes[1].score,
   }
-
-
-def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-  """reward, its spread, its parts, and the lengths of the completions; rows without reward are left out."""
-  rewards = np.array([r.reward for r in rollouts], np.float64)
-  groups: dict[str, list[float]] = {}
-  for r in rollouts:
-    if not math.isnan(r.reward):
-      groups.setdefault(r.group, []).append(r.reward)
-  lengths = [len(r.token_ids) for r in rollouts]
-  names = sorted({name for r in rollouts for name in r.parts})
-  spread = [float(np.std(g)) for g in groups.values()]
-  return {
-    "reward": float(np.nanmean(rewards)) if groups else math.nan,
-    "reward_std": float(np.mean(spread)) if spread else math.nan,
-    "frac_reward_zero_std": float(np.mean([s == 0 for s in spread])) if spread else math.nan,
-    **{f"rewards/{n}/mean": float(np.nanmean([r.parts.get(n, math.nan) for r in rollouts]))
-       for n in names},
-    "completions/mean_length": float(np.mean(lengths)) if lengths else math.nan,
-    "completions/min_length": min(lengths, default=0),
-    "completions/max_length": max(lengths, default=0),
-    "completions/clipped_ratio": float(np.mean([r.truncated for r in rollouts])) if rollouts else 0.0,
-  }  # fmt: skip
 
 
 def closing_lines(summary: dict[str, Any], workdir: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Entry of the sandbox tests' jobs: hostile code gets the whole interpreter, not the guarded namespace of programs."""
+"""Entry of the sandbox tests' jobs: code gets the interpreter, not the namespace of programs."""
 
 import inspect
 

@@ -94,6 +94,14 @@ def test_unfinished_save_is_not_seen(tmp_path):
   assert Checkpointer(tmp_path).restore(make_state())[0] == 1
 
 
+def test_crash_before_the_manifest_falls_back(tmp_path):
+  checkpointer = Checkpointer(tmp_path)
+  for step in (1, 2):
+    checkpointer.save(step, make_state(step))
+  (tmp_path / "2" / "manifest.json").unlink()
+  assert Checkpointer(tmp_path).restore(make_state())[0] == 1
+
+
 def test_all_damaged_is_a_user_error(tmp_path):
   Checkpointer(tmp_path).save(1, make_state(1))
   damage(tmp_path, 1)

@@ -126,7 +126,7 @@ sys.meta_path.insert(0, Blocker())
 for name in sys.argv[1:]:
   importlib.import_module(name)
 """
-  for names in (CHILD, ("launch", "awf.bench", "awf.config", "awf.modes")):
+  for names in (CHILD, ("launch", "awf.bench", "awf.config", "awf.generate")):
     done = subprocess.run(
       [sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

@@ -20,7 +20,7 @@ SEED = WorkflowSource("class Workflow:\n  a = 1", 'P = "x"')
 class Page(html.parser.HTMLParser):
   """Collects tags and attributes, and checks that tags are balanced."""
 
-  VOID = {"meta", "line", "circle", "path", "br"}
+  VOID = {"meta"}
 
   def __init__(self, text):
     super().__init__(convert_charrefs=True)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import statistics
+import struct
 import subprocess
 import sys
 import textwrap
@@ -89,7 +90,8 @@ def test_programs_may_use_numpy_and_sympy(box):
 
 def test_allowed_library_imports(box):
   names = (
-    "math re json collections itertools functools statistics fractions decimal random string datetime heapq bisect "
+    "math re json collections itertools functools statistics fractions decimal random string "
+    "datetime heapq bisect "
     "typing dataclasses asyncio textwrap copy operator"
   ).split()
   lines = "\n".join(f"import {name}" for name in names)
@@ -121,7 +123,8 @@ def test_run_calls_gives_each_input_its_outcome(box):
 
 
 TESTS = {
-  "tests": "def check(candidate):\n  assert candidate(2) == (2, [2])\n  assert candidate(x=3) == (3, [3]), 'x'",
+  "tests": "def check(candidate):\n  assert candidate(2) == (2, [2])\n  assert candidate(x=3) "
+  "== (3, [3]), 'x'",
   "entry_point": "pair",
 }
 
@@ -529,8 +532,9 @@ def test_filter_program_is_well_formed(machine):
     count = len(code) // 8
     assert len(code) % 8 == 0 and count < 4096
     for index in range(count):
-      jump_true, jump_false = code[8 * index + 2], code[8 * index + 3]
-      assert index + 1 + max(jump_true, jump_false) < count
+      kind, _, jump_true, jump_false, value = struct.unpack_from("<BBBBI", code, 8 * index)
+      jump = value if kind == 0x05 else max(jump_true, jump_false)
+      assert kind == 0x06 or index + 1 + jump < count  # only a return may be last
   columns = {**syscalls.PLAIN, **syscalls.PATHS}
   numbers = [syscalls.number(entry, machine) for entry in columns.values()]
   known = [n for n in numbers if n >= 0]

@@ -1,6 +1,6 @@
 """Hostile jobs: each ends in a typed failure or harmlessly, in bounded time, with the parent alive.
 
-`raw` cases get the interpreter without the guarded imports of programs, as code would that has escaped them.
+`RAW` cases get the interpreter without the guarded imports, as code does that escaped them.
 """
 
 import asyncio
@@ -13,7 +13,6 @@ import pytest
 from awf.sandbox import Job, Limits, Sandbox, SandboxConfig
 
 LIMITS = Limits(cpu_seconds=1.0, wall_seconds=2.0, memory_mb=128, max_calls=20)
-HARMLESS = "harmless"
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +42,19 @@ def solve(expression):
 PROGRAMS = {
   "endless loop": ("def solve():\n  while True: pass", {"timeout"}),
   "swallowed BaseException": (
-    "def solve():\n  while True:\n    try:\n      raise KeyboardInterrupt\n    except BaseException: pass",
+    "def solve():\n  while True:\n    try:\n      raise KeyboardInterrupt\n    except "
+    "BaseException: pass",
     {"timeout"},
   ),
   "deep recursion": ("def solve():\n  return solve()", {"crash", "memory"}),
   "recursion with a raised limit": (
-    "import sys\nsys.setrecursionlimit(10**9)\ndef f(n):\n  return f(n + 1)\ndef solve():\n  return f(0)",
+    "import sys\nsys.setrecursionlimit(10**9)\ndef f(n):\n  return f(n + 1)\ndef solve():\n  "
+    "return f(0)",
     {"crash", "memory", "timeout"},
   ),
   "recursion through repr": (
-    "import sys\nsys.setrecursionlimit(10**9)\nclass A:\n  def __repr__(self): return repr([self])\n"
+    "import sys\nsys.setrecursionlimit(10**9)\nclass A:\n  def __repr__(self): return "
+    "repr([self])\n"
     "def solve():\n  return repr(A())",
     {"crash", "memory", "timeout"},
   ),
@@ -85,7 +87,8 @@ PROGRAMS = {
   "sys.exit(0)": ("import sys\ndef solve():\n  sys.exit(0)", {"crash"}),
   "exit while loading": ("raise SystemExit(0)", {"crash"}),
   "evil exception text": (
-    "class E(Exception):\n  def __str__(self): raise RuntimeError('x' * 10**6)\ndef solve():\n  raise E()",
+    "class E(Exception):\n  def __str__(self): raise RuntimeError('x' * 10**6)\ndef solve():\n  "
+    "raise E()",
     {"crash"},
   ),
   "exception text that never ends": (
@@ -96,7 +99,8 @@ PROGRAMS = {
   "not a function": ("solve = 3", {"format"}),
   "closing the channel": ("def solve():\n  open(3, 'wb').close()\n  return 1", {"crash"}),
   "deadlock": (
-    "import asyncio\nasync def f():\n  await asyncio.Event().wait()\ndef solve():\n  return asyncio.run(f())",
+    "import asyncio\nasync def f():\n  await asyncio.Event().wait()\ndef solve():\n  return "
+    "asyncio.run(f())",
     {"timeout"},
   ),
 }
@@ -154,7 +158,7 @@ def test_text_of_a_hostile_value_is_capped(box):
   assert run_program(box, lying).value["text"] == "<unprintable>"
   raising = "class A:\n  def __str__(self): raise MemoryError\ndef solve():\n  return A()"
   assert run_program(box, raising).value["text"].startswith("<unprintable")
-  assert run_program(box, solve("'y' * 10**6")).failure is None or True
+  assert run_program(box, solve("'y' * 10**6")).value["value"] is None
   assert len(run_program(box, solve("['y' * 10] * 10**5")).value["text"]) == 10_000
   assert run_program(box, solve("10**5000")).value["text"].startswith("<unprintable")
 
@@ -175,7 +179,8 @@ RAW = {
   "real sleep": ("import time\ndef main(call):\n  time.sleep(1000)", {"timeout"}),
   "endless calls": ("async def main(call):\n  while True: await call('x')", {"policy"}),
   "call flood": (
-    "import asyncio\nasync def main(call):\n  await asyncio.gather(*(call('x') for _ in range(10**4)))",
+    "import asyncio\nasync def main(call):\n  await asyncio.gather(*(call('x') for _ in "
+    "range(10**4)))",
     {"policy"},
   ),
   "call with a foreign object": ("async def main(call):\n  await call('x', object())", {"format"}),
@@ -192,11 +197,13 @@ RAW = {
   "suicide": ("import os\ndef main(call):\n  os.kill(os.getpid(), 9)", {"crash"}),
   "ignored signals": (
     "import signal\ndef main(call):\n"
-    "  for s in set(signal.Signals) - {9, 19}: signal.signal(s, signal.SIG_IGN)\n  while True: pass",
+    "  for s in set(signal.Signals) - {9, 19}: signal.signal(s, signal.SIG_IGN)\n  while True: "
+    "pass",
     {"timeout"},
   ),
   "timer signal": (
-    "import signal\ndef main(call):\n  signal.setitimer(signal.ITIMER_REAL, 0.01)\n  while True: pass",
+    "import signal\ndef main(call):\n  signal.setitimer(signal.ITIMER_REAL, 0.01)\n  while "
+    "True: pass",
     {"crash"},
   ),
   "threads that never end": (
@@ -262,7 +269,7 @@ RAW = {
   "archive that explodes": (
     "import zlib\ndef main(call):\n  data = zlib.compress(bytes(40_000_000))\n"
     "  return len(zlib.decompress(data) + zlib.decompress(data) + zlib.decompress(data) * 3)",
-    {"memory"},
+    {"memory", "timeout"},
   ),
   "TCP": (
     "import socket\ndef main(call):\n  socket.create_connection(('127.0.0.1', 80))",
@@ -282,7 +289,8 @@ RAW = {
     {"crash"},
   ),
   "failure of a kind that is not its own": (
-    "from awf.sandbox import CallError\ndef main(call):\n  raise CallError('infrastructure', 'not me')",
+    "from awf.sandbox import CallError\ndef main(call):\n  raise CallError('infrastructure', "
+    "'not me')",
     {"policy"},
   ),
   "failure of an unknown kind": (
@@ -293,6 +301,11 @@ RAW = {
     "import json\nfrom awf.sandbox import frames\ndef main(call):\n"
     '  frames._dumps = lambda m: \'{"t": "result"}\'',
     {"policy"},
+  ),
+  "patched len": (
+    "import builtins\ndef main(call):\n  builtins.len = builtins.isinstance = lambda *a: True\n "
+    " return 1",
+    {"crash", "policy", "timeout"},
   ),
   "waiting while running": (
     "import threading\nasync def main(call):\n"
@@ -321,22 +334,27 @@ def test_raw_code_ends_in_a_typed_failure(box, name):
 
 def test_harmless_tricks_change_nothing(box):
   tricks = {
-    "leaked tasks": "import asyncio\nasync def main(call):\n  asyncio.ensure_future(asyncio.sleep(9))\n  return 1",
-    "atexit": "import atexit, time\ndef main(call):\n  atexit.register(time.sleep, 100)\n  return 1",
+    "leaked tasks": "import asyncio\nasync def main(call):\n  "
+    "asyncio.ensure_future(asyncio.sleep(9))\n  return 1",
+    "atexit": "import atexit, time\ndef main(call):\n  atexit.register(time.sleep, 100)\n  "
+    "return 1",
     "thread after the result": (
       "import threading, time\ndef main(call):\n"
-      "  v = [1]\n  threading.Thread(target=lambda: (time.sleep(0.01), v.append(2))).start()\n  return 1"
+      "  v = [1]\n  threading.Thread(target=lambda: (time.sleep(0.01), v.append(2))).start()\n  "
+      "return 1"
     ),
     "poisoned modules": "import sys\ndef main(call):\n  sys.modules.clear()\n  return 1",
     "patched builtins": (
-      "import builtins\ndef main(call):\n  builtins.len = builtins.isinstance = lambda *a: True\n  return 1"
+      "import builtins, json\ndef main(call):\n"
+      "  builtins.print = builtins.sum = json.loads = json.dumps = lambda *a: True\n  return 1"
     ),
     "object with an evil destructor": (
       "class D:\n  def __del__(self): raise SystemExit(3)\ndef main(call):\n  D()\n  return 1"
     ),
     "profile hook": "import sys\ndef main(call):\n  sys.setprofile(lambda *a: None)\n  return 1",
     "a gigabyte of output": (
-      "import os\ndef main(call):\n  b = bytes(10**6)\n  for _ in range(1000): os.write(1, b)\n  return 1"
+      "import os\ndef main(call):\n  b = bytes(10**6)\n  for _ in range(1000): os.write(1, b)\n "
+      " return 1"
     ),
   }
   for name, source in tricks.items():
@@ -355,13 +373,13 @@ def test_nothing_secret_is_in_the_process(box):
     import gc, os
     def main(call):
       texts = [o for o in gc.get_objects() if type(o) is dict and 'AWF_TEST_TOKEN' in o]
-      return [dict(os.environ), len(texts), os.getuid() == 0, sorted(os.listdir('/proc/self/fd')) if 0 else []]
+      return [dict(os.environ), len(texts), os.getuid() == 0]
   """
   try:
     result = run_raw(box, source)
   finally:
     del os.environ["AWF_TEST_TOKEN"]
-  assert result.value[:2] == [{}, 0] and result.value[2] is False
+  assert result.value == [{}, 0, False]
 
 
 def test_only_the_channel_and_the_null_device_are_open(box):
@@ -374,24 +392,27 @@ def test_only_the_channel_and_the_null_device_are_open(box):
           mode = os.fstat(fd).st_mode
         except OSError:
           continue
-        kinds[str(fd)] = 'socket' if stat.S_ISSOCK(mode) else 'device' if stat.S_ISCHR(mode) else 'other'
+        known = {stat.S_IFSOCK: 'socket', stat.S_IFCHR: 'device'}
+        kinds[str(fd)] = known.get(stat.S_IFMT(mode), 'other')
       return kinds
   """
   assert run_raw(box, source).value == {"0": "device", "1": "device", "2": "device", "3": "socket"}
 
 
-SYSTEM_CALLS = {  # x86_64 numbers of what no job may reach
-  "socket": 41, "connect": 42, "bind": 49, "sendmsg": 46, "recvmsg": 47, "execve": 59, "execveat": 322, "fork": 57,
-  "vfork": 58, "ptrace": 101, "mount": 165, "unshare": 272, "setns": 308, "bpf": 321, "keyctl": 250,
-  "memfd_create": 319, "io_uring_setup": 425, "userfaultfd": 323, "perf_event_open": 298, "process_vm_readv": 310,
-  "pidfd_open": 434, "pidfd_getfd": 438, "setuid": 105, "setresuid": 117, "chroot": 161, "init_module": 175,
-  "personality": 135, "shmget": 29, "inotify_init1": 294, "name_to_handle_at": 303, "open_by_handle_at": 304,
-  "tkill": 200, "rt_sigqueueinfo": 129, "sched_setaffinity": 203, "setpriority": 141, "capset": 126, "symlink": 88,
-  "link": 86, "mknod": 133, "chmod": 90, "landlock_create_ruleset": 444, "seccomp": 317,
-}  # fmt: skip
+# Numbers on x86_64 and aarch64 of calls that no job may reach; a dash where there is none.
+SYSTEM_CALLS = """
+  socket 41 198  connect 42 203  bind 49 200  sendmsg 46 211  recvmsg 47 212  execve 59 221
+  execveat 322 281  fork 57 -  vfork 58 -  ptrace 101 117  mount 165 40  unshare 272 97
+  setns 308 268  bpf 321 280  keyctl 250 219  memfd_create 319 279  io_uring_setup 425 425
+  userfaultfd 323 282  perf_event_open 298 241  process_vm_readv 310 270  pidfd_open 434 434
+  pidfd_getfd 438 438  setuid 105 146  setresuid 117 147  chroot 161 51  init_module 175 105
+  personality 135 92  shmget 29 194  inotify_init1 294 26  name_to_handle_at 303 264
+  open_by_handle_at 304 265  tkill 200 130  rt_sigqueueinfo 129 138  sched_setaffinity 203 122
+  setpriority 141 140  capset 126 91  symlink 88 -  symlinkat 266 36  link 86 -  linkat 265 37
+  mknodat 259 33  chmod 90 -  landlock_create_ruleset 444 444  seccomp 317 277
+""".split()
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of x86_64")
 def test_system_calls_are_refused(box):
   source = """
     import ctypes
@@ -402,12 +423,16 @@ def test_system_calls_are_refused(box):
         ctypes.set_errno(0)
         out[name] = [libc.syscall(number, *[ctypes.c_long(0)] * 5), ctypes.get_errno()]
       out['clone3'] = [libc.syscall(435, 0, 0), ctypes.get_errno()]
-      out['clone'] = [libc.syscall(56, ctypes.c_long(17), 0, 0, 0, 0), ctypes.get_errno()]
+      number = payload['clone']
+      out['clone'] = [libc.syscall(number, ctypes.c_long(17), 0, 0, 0, 0), ctypes.get_errno()]
       out['prctl'] = [libc.prctl(38, 0, 0, 0, 0), ctypes.get_errno()]
       out['x32'] = [libc.syscall(0x40000000 + 59, 0, 0, 0), ctypes.get_errno()]
       return out
   """
-  outcome = run_raw(box, source, numbers=SYSTEM_CALLS).value
+  column = {"x86_64": 1, "aarch64": 2}[os.uname().machine]
+  names, texts = SYSTEM_CALLS[::3], SYSTEM_CALLS[column::3]
+  numbers = {name: int(text) for name, text in zip(names, texts, strict=True) if text != "-"}
+  outcome = run_raw(box, source, numbers=numbers, clone={1: 56, 2: 220}[column]).value
   assert outcome.pop("clone3") == [-1, 38]
   assert {name: code for name, code in outcome.items() if code != [-1, 1]} == {}
 
@@ -471,7 +496,8 @@ def test_tests_cannot_be_fooled_by_the_solution(box):
       "import sys\ndef square(x):\n  f = sys._getframe()\n"
       "  while f:\n    f.f_globals['check'] = lambda c: None\n    f = f.f_back\n  return 0"
     ),
-    "patched check": "import builtins\nbuiltins.AssertionError = KeyError\ndef square(x):\n  return 0",
+    "patched check": "import builtins\nbuiltins.AssertionError = KeyError\ndef square(x):\n  "
+    "return 0",
     "early exit": "import sys\ndef square(x):\n  sys.exit(0)",
     "forged answer": "def square(x):\n  return {'passed': True, 'error': ''}",
     "overwritten entry": "def square(x):\n  return 0\ndef check(c):\n  pass",

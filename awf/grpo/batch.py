@@ -59,7 +59,11 @@ def bin_size(rollouts: Sequence[Rollout], at_least: int) -> int:
 
 
 def make_batch(
-  rollouts: Sequence[Rollout], rows: Sequence[int], size: int, bins_per_step: int = 1
+  rollouts: Sequence[Rollout],
+  rows: Sequence[int],
+  size: int,
+  bins_per_step: int = 1,
+  min_steps: int = 1,
 ) -> Batch:
   """Packs some of the rollouts.
 
@@ -68,13 +72,14 @@ def make_batch(
     rows: indices of those to pack; empty completions are left out.
     size: tokens per bin (`bin_size`).
     bins_per_step: B, a multiple of the devices that rows are split over.
+    min_steps: Z is at least this, so that the shape need not change; padded steps are never run.
 
   Raises:
     ValueError: an empty prompt, or one that does not fit with its completion.
   """
   bins = _fill_bins(rollouts, rows, size)
   num_steps = max(1, -(-len(bins) // bins_per_step))
-  z = 1 << (num_steps - 1).bit_length()  # few shapes; padded steps are never run
+  z = max(min_steps, 1 << (num_steps - 1).bit_length())  # few shapes
   shape = (z, bins_per_step, size)
   names = [f.name for f in dataclasses.fields(Batch) if f.name.endswith(("_ZBT", "_ZBU"))]
   arrays = {name: np.zeros(shape, bool if name.startswith("is_") else np.int32) for name in names}

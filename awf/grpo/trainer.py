@@ -30,6 +30,7 @@ from awf.qwen.model import Qwen, head_kernel
 from awf.sharding import make_mesh, replicated, tree_shardings
 from awf.types import Rollout
 
+_MIN_STEPS = 8  # room for this many passes from the start, so that small batches share a shape
 _ROW_TOKENS = 256  # a bin has room for grpo.micro_batch rows of this size
 
 
@@ -49,7 +50,7 @@ class GRPOTrainer:
 
   Attributes:
     state: TrainState; replace it to resume (same structure, any placement).
-    traces: how often the step was traced; 1 as long as no longer row appears.
+    traces: how often the step was traced; 1 until a longer row or a larger batch needs more room.
 
   Args:
     model_config: architecture and compute dtype.
@@ -86,6 +87,7 @@ class GRPOTrainer:
     self._bins = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     self._has_blocks = prefers_blocks(self.mesh) and self._bins == 1
     self._size = grpo.micro_batch * _ROW_TOKENS  # tokens per bin; grows, never shrinks
+    self._num_steps = _MIN_STEPS  # likewise; padded steps cost a few integers
     self._optimizer = make_optimizer(optim)
     self._token_loss = partial(
       grpo_token_loss, config=grpo, temperature=temperature if temperature > 0 else 1.0
@@ -165,7 +167,9 @@ class GRPOTrainer:
 
   def _batch(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> Batch:
     self._size = bin_size([rollouts[i] for i in rows], self._size)
-    return make_batch(rollouts, rows, self._size, self._bins)
+    batch = make_batch(rollouts, rows, self._size, self._bins, self._num_steps)
+    self._num_steps = batch.tokens_ZBT.shape[0]
+    return batch
 
   def _place(self, tree: Any) -> Any:
     """Host arrays to the devices: [Z, B, ...] with bins over data and fsdp, the rest whole."""
@@ -257,6 +261,14 @@ def _token_sums(aux: dict, data: dict, is_target, scalars: dict, grpo: GRPOConfi
   values = (loss, aux["entropy"], kl, is_low, is_high, is_low | is_high)
   sums = [jnp.sum(jnp.where(is_target, v, 0.0)) for v in values]
   return dict(zip(_SUMS, sums, strict=True))
+
+
+def rollout_metrics(
+  rollouts: Sequence[Rollout], advantage: str, std_eps: float
+) -> dict[str, float]:
+  """Reward and length metrics of rollouts that are not trained on."""
+  rewards, groups = [r.reward for r in rollouts], [r.group for r in rollouts]
+  return _rollout_metrics(rollouts, group_advantages(rewards, groups, advantage, std_eps))
 
 
 def _rollout_metrics(rollouts: Sequence[Rollout], advantages: Advantages) -> dict[str, float]:

@@ -86,7 +86,8 @@ class Job:
   """One piece of work for a child.
 
   Attributes:
-    entry: "module:function" out of the preloaded modules; called as `function(payload, call)`, plain or async.
+    entry: "module:function" out of the preloaded modules; called as `function(payload, call)`,
+      plain or async.
     payload: plain JSON.
     seed: of `random` and `numpy.random` in the child, >= 0.
     limits: budgets that differ from the configuration.
@@ -121,25 +122,30 @@ class JobResult:
   virtual_seconds: float
 
 
+def _num_cores() -> int:
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
 class Sandbox:
   """Runs model-written code in jailed children that are forked from a zygote.
 
   Args:
     config: budgets.
-    preload: modules that hold entries of jobs; imported once, in the zygote, where accelerator libraries cannot be
-      imported.
+    preload: modules that hold entries of jobs; imported once, in the zygote, where accelerator
+      libraries cannot be imported.
 
   Raises:
-    UserError: the host confines too little and `config.allow_weak` is False, or a module cannot be preloaded.
+    UserError: the host confines too little and `config.allow_weak` is False, or a module cannot be
+      preloaded.
   """
 
   def __init__(self, config: SandboxConfig, preload: tuple[str, ...] = ()) -> None:
     self.config = config
     self._preload = preload
     self._pool = Pool(
-      workers=config.workers or len(os.sched_getaffinity(0))
-      if hasattr(os, "sched_getaffinity")
-      else config.workers or os.cpu_count() or 1,
+      workers=config.workers or _num_cores(),
       max_children=config.max_children,
       preload=preload,
       numeric=config.preload_numeric,
@@ -177,11 +183,12 @@ class Sandbox:
     """Runs one job; any number of them at once, from any event loop.
 
     Args:
-      job: what to run. The entry "awf.sandbox.program:run_tests" takes a payload {"solution", "tests", "entry_point",
-        optional "prelude"} and is spread over two jobs, see `awf.sandbox.grading`.
-      handler: answers the job's calls. It may raise `CallError`, which the job sees; any other exception ends the job
-        as an infrastructure failure. Without a handler calls are refused. A handler may run jobs that have no
-        handler themselves, and tests.
+      job: what to run. The entry "awf.sandbox.program:run_tests" takes a payload {"solution",
+        "tests", "entry_point", optional "prelude"} and is spread over two jobs, see
+        `awf.sandbox.grading`.
+      handler: answers the job's calls. It may raise `CallError`, which the job sees; any other
+        exception ends the job as an infrastructure failure. Without a handler calls are refused. A
+        handler may run jobs that have no handler themselves, and tests.
 
     Raises:
       ValueError: the job itself is malformed (unknown entry, payload that is not plain JSON).
@@ -274,10 +281,9 @@ class Sandbox:
 
   def _make_run(self, job: Job, on_call: Callable[..., None] | None, layer: int) -> Run:
     module, _, function = job.entry.partition(":")
-    if module not in (*ENTRIES, *self._preload) or not function.isidentifier():
-      raise ValueError(
-        f"expected an entry 'module:function' of a preloaded module {(*ENTRIES, *self._preload)}, got {job.entry!r}"
-      )
+    known = (*ENTRIES, *self._preload)
+    if module not in known or not function.isidentifier():
+      raise ValueError(f"expected an entry 'module:function' out of {known}, got {job.entry!r}")
     fault = json_fault(job.payload)
     if fault or type(job.seed) is not int or job.seed < 0:
       raise ValueError(f"expected a payload of plain JSON and a seed >= 0, got {fault or job.seed}")

@@ -1,4 +1,4 @@
-"""What runs in a job's process after the fork: jail, protocol with the parent, the job's entry, its result."""
+"""What runs in a job's process after the fork: jail, protocol, the job's entry, its result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXIT_LOST_PARENT = 79
 MESSAGE_CHARS = 500
 STDOUT_CHARS = 64_000
 PROGRAM_FILE = "<program>"  # file name under which model-written source is compiled
-FORKED_MODULES = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "torch", "tensorflow")
+BLOCKED_MODULES = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "torch", "tensorflow")
 
 
 class CallError(Exception):
@@ -167,13 +167,13 @@ def _read_exactly(descriptor: int, length: int) -> bytes:
 
 
 def block_modules() -> None:
-  """Makes the import of accelerator libraries fail; whatever would pull them in must not be preloaded."""
-  for name in FORKED_MODULES:
+  """Makes the import of accelerator libraries fail, also for modules to be preloaded."""
+  for name in BLOCKED_MODULES:
     sys.modules[name] = None  # type: ignore[assignment]
 
 
 def describe(error: BaseException) -> str:
-  """One capped line "Type: message (line n)"; survives an exception whose own methods lie or raise."""
+  """One capped line "Type: message (line n)"; survives exceptions whose methods lie or raise."""
   name = frames.kind_name(type(error))
   try:
     text = BaseException.__str__(error) if _is_builtin(type(error)) else str(error)
@@ -213,7 +213,8 @@ def clean(text: str) -> str:
 def failure_of(error: BaseException) -> tuple[str, str]:
   """The failure kind and message of an exception that ended a job."""
   if isinstance(error, (JobError, CallError)):
-    # A job's own code can raise these with any kind; the parent refuses the kinds that are its own to give.
+    # A job's own code can raise these with any kind; the parent refuses the kinds that are its own
+    # to give.
     text = error.message
     return str(error.kind), clean(text if type(text) is str else describe(error))[:MESSAGE_CHARS]
   if isinstance(error, VirtualTimeout):

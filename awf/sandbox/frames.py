@@ -1,7 +1,7 @@
 """Length-prefixed JSON frames between parent and child, and the check of what may cross.
 
-A frame is a 4-byte big-endian length and that many bytes of UTF-8 JSON. Both sides bind the JSON functions at import,
-so that a job that replaces `json.loads` changes nothing here.
+A frame is a 4-byte big-endian length and that many bytes of UTF-8 JSON. Both sides bind the JSON
+functions at import, so that a job that replaces `json.loads` changes nothing here.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ _dumps = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", 
 
 
 class FrameError(ValueError):
-  """A frame that breaks the protocol: too long, not JSON, duplicate keys, a value that may not cross."""
+  """A frame that breaks the protocol: too long, not JSON, or a value that may not cross."""
 
 
 def json_fault(value: Any) -> str | None:
   """Says why `value` is not plain JSON of exact types, or None when it is.
 
-  Allowed are None, bool, int, finite float, str without lone surrogates, list, and dict with such str keys; no
-  subclasses, no cycles, at most MAX_DEPTH levels and MAX_NODES values. No method of a foreign object is called.
+  Allowed are None, bool, int, finite float, str without lone surrogates, list, and dict with such
+  str keys; no subclasses, no cycles, at most MAX_DEPTH levels and MAX_NODES values. No method of a
+  foreign object is called.
   """
   stack = [(value, 0)]
   nodes = 0
@@ -80,7 +81,8 @@ def encode(message: dict[str, Any]) -> bytes:
   """Encodes one frame; the caller has checked the value with `json_fault`.
 
   Raises:
-    FrameError: the value has no JSON form, for instance an integer of more digits than the interpreter prints.
+    FrameError: the value has no JSON form, for instance an integer of more digits than the
+      interpreter prints.
   """
   try:
     body = _dumps(message).encode("utf-8")
@@ -108,7 +110,8 @@ def decode(body: bytes) -> dict[str, Any]:
   """Decodes one frame's body from an untrusted sender.
 
   Raises:
-    FrameError: not UTF-8, not one JSON object, duplicate keys, or a value that `json_fault` refuses.
+    FrameError: not UTF-8, not one JSON object, duplicate keys, or a value that `json_fault`
+      refuses.
   """
   try:
     message = _decoder.decode(body.decode("utf-8"))

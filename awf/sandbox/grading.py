@@ -1,7 +1,7 @@
 """Runs tests against a solution in two jobs that share nothing but JSON.
 
-The solution's process never holds the tests, and the tests' process never holds an object of the solution: there is
-no `__eq__` to lie, no frame to walk, no verdict to forge.
+The solution's process never holds the tests, and the tests' process never holds an object of the
+solution: there is no `__eq__` to lie, no frame to walk, no verdict to forge.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ async def run_tests(start_tests: Start, start_solution: Start, payload: dict[str
     payload: "solution", "tests", "entry_point", optional "prelude".
 
   Returns:
-    The JobResult of the tests; with the failure of the solution's job when that ended before the tests did.
+    The JobResult of the tests; with the failure of the solution's job when that ended before the
+    tests did.
   """
   source = {"source": payload["solution"], "function": payload["entry_point"]}
   solution = _Solution(start_solution, source)

@@ -1,7 +1,9 @@
-"""The kernel jail of a child: every layer that the host grants, put on in an order that needs no right afterwards.
+"""The kernel jail of a child: every layer that the host grants, put on in an order that needs no
+right afterwards.
 
-`JailPlan` is made once in the zygote; `enter` runs in each child after the fork. Nothing here is Python-level filtering:
-a job may own its whole interpreter and still has no file, process, socket or signal beyond its own.
+`JailPlan` is made once in the zygote; `enter` runs in each child after the fork. Nothing here is
+Python-level filtering: a job may own its whole interpreter and still has no file, process, socket
+or signal beyond its own.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ _LANDLOCK_WRITE = (
 )  # write, remove, make dir, make file
 _LANDLOCK_HANDLED = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 _LANDLOCK_TRUNCATE = 1 << 14
+_PID_MARK = 0x7A5C3E91  # above any process id
 
 
 class JailError(RuntimeError):
@@ -54,6 +57,7 @@ class JailPlan:
     drops_uid: the zygote is root and children get a user id of their own.
     read_only: directory descriptors (O_PATH) of what a child may read.
     base_bytes: address space of the zygote, on top of which a job's memory counts.
+    filter: the seccomp program, with _PID_MARK where a child's process id belongs.
   """
 
   machine: str = ""
@@ -63,6 +67,7 @@ class JailPlan:
   drops_uid: bool = False
   read_only: tuple[int, ...] = ()
   base_bytes: int = 0
+  filter: bytes = b""
 
   def layers(self) -> dict[str, bool]:
     """The layers by name, for the probe's report."""
@@ -87,7 +92,10 @@ def _call(name: str, *args: int | bytes | None) -> int:
 
 
 def make_plan() -> JailPlan:
-  """Tries what the host grants and leaves the namespaces it may. Call once, in the single-threaded zygote."""
+  """Tries what the host grants and leaves the namespaces it may.
+
+  Call it once, in the single-threaded zygote.
+  """
   plan = JailPlan(drops_uid=os.getuid() == 0)
   if _libc is None:
     return plan
@@ -98,11 +106,15 @@ def make_plan() -> JailPlan:
   plan.namespaces = _leave_namespaces()
   if plan.landlock_abi:
     plan.read_only = _open_read_only()
+  if plan.machine:
+    plan.filter = syscalls.seccomp_program(
+      plan.machine, _PID_MARK, with_paths=plan.landlock_abi > 0
+    )
   return plan
 
 
 def _has_seccomp(machine: str) -> bool:
-  """Asks with a null program: EFAULT means that filters exist, EINVAL or ENOSYS that they do not."""
+  """Asks with a null program: EFAULT means that filters exist, another error that not."""
   number = syscalls.number(syscalls.SECCOMP, machine)
   return _call("syscall", number, 1, 0, None) == -1 and ctypes.get_errno() == 14
 
@@ -183,7 +195,8 @@ def enter(
     os.setresuid(uid, uid, uid)
   if _libc is None:
     return
-  # Changing the user id clears the death signal, so it comes after; the parent may have died in between.
+  # Changing the user id clears the death signal, so it comes after; the parent may have died in
+  # between.
   _require(_call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0, "death signal")
   _require(os.getppid() == zygote_pid, "zygote alive")
   _require(_call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0, "no_new_privs")
@@ -202,7 +215,7 @@ def seal(plan: JailPlan) -> None:
   """
   if not plan.machine:
     return
-  code = syscalls.seccomp_program(plan.machine, os.getpid(), with_paths=plan.landlock_abi > 0)
+  code = plan.filter.replace(struct.pack("<I", _PID_MARK), struct.pack("<I", os.getpid()))
   buffer = ctypes.create_string_buffer(code, len(code))
   program = ctypes.create_string_buffer(
     struct.pack("@HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))

@@ -33,7 +33,8 @@ class ZygoteProcess:
     hello: the zygote's report of the host's layers.
 
   Raises:
-    UserError: it ended or hung before it was ready; the message has the last line of its error output.
+    UserError: it ended or hung before it was ready; the message has the last line of its error
+      output.
   """
 
   def __init__(self, options: dict[str, Any]) -> None:
@@ -88,7 +89,7 @@ class ZygoteProcess:
     return [frames.decode_trusted(body) for body in self._reader.feed(data)]
 
   def close(self) -> None:
-    """Closes the control socket, at which the zygote ends its children and itself; kills it if it does not."""
+    """Closes the control socket, at which the zygote ends its children and itself, or is killed."""
     self.control.close()
     try:
       self._process.wait(STOP_SECONDS)

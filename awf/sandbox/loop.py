@@ -2,7 +2,8 @@
 
 Order of events is a function of the job and of its replies alone:
 - a reply is read only when nothing is ready, one at a time, in the order of the calls;
-- `time()` moves only when nothing is ready and no call is outstanding, and then jumps to the next timer.
+- `time()` moves only when nothing is ready and no call is outstanding, and then jumps to the next
+  timer.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ MAX_TIMER_JUMPS = 100_000
 
 
 class VirtualTimeout(BaseException):
-  """The job can never end on its own: deadlock, or too much virtual time. Not an Exception: `except Exception` misses it."""
+  """The job cannot end: deadlock, or too much virtual time. `except Exception` misses it."""
 
 
 class _IdlePoint:
-  """Stands where asyncio expects a selector: it is asked for events whenever the loop has run its ready queue."""
+  """Stands where asyncio expects a selector: asked for events after each run of the ready queue."""
 
   def __init__(self, loop: DeterministicLoop) -> None:
     self._loop = loop
@@ -75,7 +76,8 @@ class DeterministicLoop(asyncio.base_events.BaseEventLoop):
       )
 
   def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
-    """Runs `func` at once, in this thread: a thread pool would make the order of events depend on timing."""
+    """Runs `func` at once, in this thread: with a pool the order of events would depend on "
+    "timing."""
     future = self.create_future()
     try:
       future.set_result(func(*args))

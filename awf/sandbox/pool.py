@@ -1,13 +1,13 @@
-"""The parent's I/O thread: starts the zygote, schedules jobs, speaks the protocol, times and classifies.
+"""The parent's I/O thread: starts the zygote, schedules jobs, speaks the protocol, times and
+classifies.
 
-Everything that a child sends is untrusted: a frame that is malformed, misnumbered, forged or late ends the job as a
-policy failure, and a well-formed result frame is the only success.
+Everything that a child sends is untrusted: a frame that is malformed, misnumbered, forged or late
+ends the job as a policy failure, and a well-formed result frame is the only success.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import logging
 import secrets
 import selectors
@@ -16,19 +16,17 @@ import socket
 import tempfile
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter
 from typing import Any
 
 from awf.sandbox import frames, protocol
 from awf.sandbox.launcher import ZygoteProcess
-from awf.sandbox.schedule import Run, Schedule, cpu_of
+from awf.sandbox.mailbox import Mailbox
+from awf.sandbox.schedule import Run, Schedule
 from awf.types import Failure, UserError
 
 TICK_SECONDS = 0.2
-SETUP_SECONDS = 30.0
 EXIT_SECONDS = 20.0
-PARKED_CPU_SECONDS = 0.3
 MAX_RESTARTS = 5  # without a job that ended in between
 
 _log = logging.getLogger(__name__)
@@ -43,13 +41,8 @@ class Pool:
     self.root = tempfile.mkdtemp(prefix="awf-sandbox-")
     self._options = {"preload": list(preload), "numeric": numeric, "root": self.root}
     self._selector = selectors.DefaultSelector()
-    self._wake_read, self._wake_write = socket.socketpair()
-    self._wake_read.setblocking(False)
-    self._wake_write.setblocking(False)
-    self._selector.register(self._wake_read, selectors.EVENT_READ, None)
-    self._commands: deque[Callable[[], None]] = deque()
-    self._lock = threading.Lock()
-    self._closed = False
+    self._mailbox = Mailbox()
+    self._selector.register(self._mailbox.socket, selectors.EVENT_READ, "mailbox")
     self._zygote: ZygoteProcess | None = None
     self._schedule = Schedule(workers, max_children)
     self._restarts = 0
@@ -73,22 +66,22 @@ class Pool:
   def submit(self, run: Run) -> None:
     """Queues a run; its future gets the fields of a JobResult."""
     run.future.set_running_or_notify_cancel()
-    if not self._post(lambda: self._schedule.enqueue(run)):
+    if not self._mailbox.post(lambda: self._schedule.enqueue(run)):
       run.failure = Failure("infrastructure", "the sandbox is closed")
       run.future.set_result(run.outcome(0.0))
 
   def reply(self, run: Run, attempt: int, number: int, reply: dict[str, Any]) -> None:
     """Hands over the reply to a call: {"v": value} or {"e": [kind, message]}."""
-    self._post(lambda: self._take_reply(run, attempt, number, reply))
+    self._mailbox.post(lambda: self._take_reply(run, attempt, number, reply))
 
   def fail(self, run: Run, attempt: int, message: str) -> None:
     """Ends a run as an infrastructure failure."""
     failure = Failure("infrastructure", message)
-    self._post(lambda: self._stop(run, failure) if run.attempt == attempt else None)
+    self._mailbox.post(lambda: self._stop(run, failure) if run.attempt == attempt else None)
 
   def cancel(self, run: Run) -> None:
     """Ends a run that nobody waits for any more."""
-    self._post(lambda: self._cancel(run))
+    self._mailbox.post(lambda: self._cancel(run))
 
   def stats(self) -> dict[str, Any]:
     """See Sandbox.stats."""
@@ -105,27 +98,9 @@ class Pool:
 
   def close(self) -> None:
     """Ends the thread, the zygote and every child."""
-    with self._lock:
-      if self._closed:
-        return
-      self._closed = True
-    self._wake()
+    self._mailbox.close()
     if self._thread.ident is not None and threading.current_thread() is not self._thread:
       self._thread.join()
-
-  def _post(self, command: Callable[[], None]) -> bool:
-    with self._lock:
-      if self._closed:
-        return False
-      self._commands.append(command)
-    self._wake()
-    return True
-
-  def _wake(self) -> None:
-    with contextlib.suppress(
-      BlockingIOError, OSError
-    ):  # a full buffer wakes as well; closed: nobody to wake
-      self._wake_write.send(b"x")
 
   # The I/O thread.
 
@@ -135,31 +110,25 @@ class Pool:
       assert self._zygote is not None
       self._hello.set_result(self._zygote.hello)
     except BaseException as error:
+      self._mailbox.close()
       self._hello.set_exception(error)
-      with self._lock:
-        self._closed = True
     try:
-      while not self._closed:
+      while not self._mailbox.closed:
         self._turn()
     finally:
-      with self._lock:
-        self._closed = True
+      self._mailbox.close()
       self._end()
 
   def _turn(self) -> None:
     for key, events in self._selector.select(self._timeout()):
-      if key.data is None:
-        with contextlib.suppress(BlockingIOError):
-          self._wake_read.recv(4096)
-      elif key.data == "zygote":
+      if key.data == "zygote":
         self._read_zygote()
-      elif key.data.sock is key.fileobj:
+      elif key.data != "mailbox" and key.data.sock is key.fileobj:
         if events & selectors.EVENT_WRITE:
           self._flush(key.data)
         if events & selectors.EVENT_READ and key.data.sock is not None:
           self._read_run(key.data)
-    while self._commands:
-      self._commands.popleft()()
+    self._mailbox.run_all()
     if self._schedule.alive and time.monotonic() >= self._next_tick:
       self._tick()
     self._give_slots()
@@ -376,24 +345,13 @@ class Pool:
         if now - run.since > EXIT_SECONDS:
           self._zygote_lost("it does not end a child")
           return
-      elif not run.ready:
-        if now - run.since > SETUP_SECONDS:
-          self._stop(run, Failure("infrastructure", "the child did not begin its job in time"))
       else:
-        self._check_budget(run, now)
-
-  def _check_budget(self, run: Run, now: float) -> None:
-    cpu = cpu_of(run.pid)
-    if cpu > run.cpu_seconds:
-      message = f"more than {run.cpu_seconds:g} s of processor time"
-      self._stop(run, Failure("timeout", message))
-    elif run.running and run.wall + now - run.since > run.wall_seconds:
-      self._stop(run, Failure("timeout", f"more than {run.wall_seconds:g} s of running time"))
-    elif run.parked and cpu - run.cpu_parked > PARKED_CPU_SECONDS:
-      self._stop(run, Failure("policy", "it kept running while it said that it waits for a reply"))
+        failure = protocol.over_budget(run, now)
+        if failure is not None:
+          self._stop(run, failure)
 
   def _zygote_lost(self, reason: str) -> None:
-    """The zygote died or hangs: ends it and its children, starts another, repeats what was in flight."""
+    """The zygote died or hangs: ends it, starts another, repeats what was in flight."""
     zygote, self._zygote = self._zygote, None
     if zygote is None:
       return
@@ -421,14 +379,12 @@ class Pool:
     if self._zygote is not None:
       self._selector.unregister(self._zygote.control)
       self._zygote.close()
-    while self._commands:
-      self._commands.popleft()()
+    self._mailbox.run_all()
     for run in [*self._schedule.alive.values(), *self._schedule.drain()]:
       self._close_socket(run)
       run.failure = run.failure or Failure("infrastructure", "the sandbox was closed")
       self._finish(run, 0.0)
     self._schedule.alive.clear()
     self._selector.close()
-    self._wake_read.close()
-    self._wake_write.close()
+    self._mailbox.release()
     shutil.rmtree(self.root, ignore_errors=True)

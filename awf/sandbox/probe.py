@@ -1,4 +1,4 @@
-"""What the jail really refuses on this host: tried in a jailed job, not read from version numbers."""
+"""What the jail refuses on this host: tried in a jailed job, not read from version numbers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ProbeReport:
 
 
 def attempts(payload: dict[str, Any], call: Any) -> dict[str, str]:
-  """Entry of the probe job: tries each thing once; one that succeeds has no effect beyond this job."""
+  """Entry of the probe job: tries each thing once; success has no effect beyond this job."""
   del call
   tries: dict[str, Callable[[], str]] = {
     "file_read": lambda: _read(payload["read"]),

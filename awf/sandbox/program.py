@@ -1,8 +1,10 @@
-"""Entries for model-written programs: `run_program`, `run_calls`, and the two halves of an isolated test run.
+"""Entries for model-written programs: `run_program`, `run_calls`, and the two halves of an isolated
+test run.
 
-A test run takes two jobs, so that the code under test never shares a process with its tests: `run_tests` holds the
-tests and asks the parent for each call of the candidate, `serve_function` holds the solution and answers. Only JSON
-crosses (see `encode_value`); `awf.sandbox.grading` connects the two.
+A test run takes two jobs, so that the code under test never shares a process with its tests:
+`run_tests` holds the tests and asks the parent for each call of the candidate, `serve_function`
+holds the solution and answers. Only JSON crosses (see `encode_value`); `awf.sandbox.grading`
+connects the two.
 """
 
 from __future__ import annotations
@@ -13,17 +15,21 @@ import sys
 from typing import Any
 
 from awf.sandbox.child import PROGRAM_FILE, CappedText, Channel, JobError, clean, describe
-from awf.sandbox.frames import json_fault, kind_name
+from awf.sandbox.frames import FrameError, encode, json_fault, kind_name
 
 MAX_SOURCE_BYTES = 64_000
 MAX_DEPTH = 150
 MAX_NODES = 20_000
 TEXT_CHARS = 10_000
+MAX_VALUE_BYTES = 200_000
 
 ALLOWED_MODULES = frozenset(
-  "__future__ abc array ast asyncio base64 binascii bisect calendar cmath collections contextlib copy dataclasses "
-  "datetime decimal difflib enum fractions functools graphlib hashlib heapq io itertools json keyword logging math "
-  "mpmath numbers numpy operator pprint queue random re secrets statistics string struct sympy sys textwrap time "
+  "__future__ abc array ast asyncio base64 binascii bisect calendar cmath collections "
+  "contextlib copy dataclasses "
+  "datetime decimal difflib enum fractions functools graphlib hashlib heapq io itertools json "
+  "keyword logging math "
+  "mpmath numbers numpy operator pprint queue random re secrets statistics string struct sympy "
+  "sys textwrap time "
   "timeit traceback types typing unicodedata unittest uuid warnings zlib".split()
 )
 
@@ -63,7 +69,8 @@ def parse(source: Any) -> ast.Module:
 def guarded_import(
   name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
 ) -> Any:
-  """`__import__` of programs: the allow list and nothing else. A rule for honest programs, not the boundary.
+  """`__import__` of programs: the allow list and nothing else. A rule for honest programs, not the
+  boundary.
 
   Raises:
     JobError: kind "policy", when the module is not on the list.
@@ -123,7 +130,8 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 def encode_value(value: Any, depth: int = 0) -> Any:
-  """JSON form of a Python value that keeps tuples, sets, bytes, complex numbers, odd floats and odd keys.
+  """JSON form of a Python value that keeps tuples, sets, bytes, complex numbers, odd floats and odd
+  keys.
 
   Raises:
     ValueError: a type that has no such form, or nesting beyond 50 levels.
@@ -200,7 +208,8 @@ def run_program(payload: dict[str, Any], call: Any) -> dict[str, Any]:
   """Executes a program and calls one function of it.
 
   Args:
-    payload: "source"; "function" (default "solve"); "args" (default none), encoded by `encode_value`.
+    payload: "source"; "function" (default "solve"); "args" (default none), encoded by
+      `encode_value`.
 
   Returns:
     "value" (plain JSON, None when it has no such form), "text" (`str` of it, capped), "stdout".
@@ -220,7 +229,16 @@ def run_program(payload: dict[str, Any], call: Any) -> dict[str, Any]:
   value = plain(value)
   output = clean(stdout.getvalue())
   sys.stdout.write(output)
-  return {"value": None if json_fault(value) else value, "text": text, "stdout": output}
+  return {"value": value if _crosses(value) else None, "text": text, "stdout": output}
+
+
+def _crosses(value: Any) -> bool:
+  if json_fault(value):
+    return False
+  try:
+    return len(encode({"v": value})) <= MAX_VALUE_BYTES
+  except FrameError:
+    return False
 
 
 def run_calls(payload: dict[str, Any], call: Any) -> dict[str, Any]:
@@ -265,11 +283,12 @@ class CandidateError(Exception):
 
 
 def run_tests(payload: dict[str, Any], call: Any) -> dict[str, Any]:
-  """The tests' half of an isolated test run: executes tests that call the candidate through the parent.
+  """The tests' half of an isolated test run: executes tests that call the candidate through the
+  parent.
 
   Args:
-    payload: "tests", "entry_point"; optional "prelude" (trusted helpers that the tests name). When the tests define
-      `check`, it is called with the candidate, as in HumanEval.
+    payload: "tests", "entry_point"; optional "prelude" (trusted helpers that the tests name). When
+      the tests define `check`, it is called with the candidate, as in HumanEval.
 
   Returns:
     "passed", and "error": the failing assertion in one line.

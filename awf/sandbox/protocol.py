@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import signal
-from typing import Any, Protocol
+from typing import Any
 
 from awf.sandbox import frames
 from awf.sandbox.child import EXIT_NO_MEMORY, MESSAGE_CHARS, STDOUT_CHARS
+from awf.sandbox.schedule import Run, cpu_of
 from awf.types import FAILURE_KINDS, Failure
+
+SETUP_SECONDS = 30.0
+PARKED_CPU_SECONDS = 0.3
 
 _KEYS = {
   "ready": ({"n", "i", "t"},),
@@ -17,27 +21,11 @@ _KEYS = {
 }
 
 
-class RunState(Protocol):
-  """What the protocol needs to know of a run."""
-
-  nonce: str
-  sequence: int
-  calls: int
-  next_reply: int
-  ready: bool
-  parked: bool
-  infrastructure_call: bool
-  cpu_seconds: float
-  memory_mb: int
-  result: dict[str, Any] | None
-  failure: Failure | None
-
-
-def check_frame(run: RunState, message: dict[str, Any]) -> str:
+def check_frame(run: Run, message: dict[str, Any]) -> str:
   """Checks one decoded frame against the state of its run and counts it.
 
   Returns:
-    "ready", "call", "wait", "result", or "broken" (the jail did not close, before any code of the job ran).
+    "ready", "call", "wait", "result", or "broken" (no jail, and no code of the job ran).
 
   Raises:
     frames.FrameError: malformed, forged, repeated, or out of order.
@@ -83,11 +71,12 @@ def _check_result(message: dict[str, Any]) -> None:
     raise frames.FrameError("a virtual time that is none")
 
 
-def verdict(run: RunState, report: dict[str, Any]) -> Failure | None:
+def verdict(run: Run, report: dict[str, Any]) -> Failure | None:
   """Why a run whose process has ended counts as failed, None when it succeeded.
 
   Args:
-    report: the zygote's exit report: "code" (exit status, negative for a signal), "cpu" seconds, "rss" KiB, "full".
+    report: the zygote's exit report: "code" (exit status, negative for a signal), "cpu" seconds,
+      "rss" KiB, "full".
   """
   if run.failure is not None:
     return run.failure
@@ -116,6 +105,22 @@ def verdict(run: RunState, report: dict[str, Any]) -> Failure | None:
     names = {s.value: s.name for s in signal.Signals}
     return Failure("crash", f"the process died of {names.get(-code, f'signal {-code}')}")
   return Failure("crash", f"the process ended with status {code} and without a result")
+
+
+def over_budget(run: Run, now: float) -> Failure | None:
+  """Why a living run has to end, None when it may go on; `now` is of the monotonic clock."""
+  if not run.ready:
+    if now - run.since > SETUP_SECONDS:
+      return Failure("infrastructure", "the child did not begin its job in time")
+    return None
+  cpu = cpu_of(run.pid)
+  if cpu > run.cpu_seconds:
+    return Failure("timeout", f"more than {run.cpu_seconds:g} s of processor time")
+  if run.running and run.wall + now - run.since > run.wall_seconds:
+    return Failure("timeout", f"more than {run.wall_seconds:g} s of running time")
+  if run.parked and cpu - run.cpu_parked > PARKED_CPU_SECONDS:
+    return Failure("policy", "it kept running while it said that it waits for a reply")
+  return None
 
 
 def printable(text: str) -> str:

@@ -1,8 +1,9 @@
 """Jobs in flight and who may run: queues, slots, caps. No input or output happens here.
 
-Jobs come in three layers, and a job waits only for jobs of later layers, so that caps cannot lock each other out:
-layer 0, jobs with a handler (its calls may start jobs of their own); layer 1, tests of a solution; layer 2, jobs that
-nobody else waits behind: programs without calls, and the solutions under test.
+Jobs come in three layers, and a job waits only for jobs of later layers, so that caps cannot lock
+each other out: layer 0, jobs with a handler (its calls may start jobs of their own); layer 1, tests
+of a solution; layer 2, jobs that nobody else waits behind: programs without calls, and the
+solutions under test.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ MAX_TESTS = 16
 class Run:
   """One job in flight; touched by the I/O thread alone after it was submitted.
 
-  A run holds a slot (`running`) from its spawn on, gives it up while `parked` for a reply, and takes one again when
-  the reply to its oldest call can be delivered.
+  A run holds a slot (`running`) from its spawn on, gives it up while `parked` for a reply, and
+  takes one again when the reply to its oldest call can be delivered.
   """
 
   message: dict[str, Any]

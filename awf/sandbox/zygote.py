@@ -1,8 +1,8 @@
 """The process that forks the jobs: single-threaded, preloaded, without accelerator libraries.
 
-It is started by the parent as a fresh interpreter, imports what jobs may need, freezes its heap and then serves
-control frames on one Unix socket: `spawn` (with the job's socket as SCM_RIGHTS), `kill`. It reports `started` and
-`exit` and ends when the parent closes the socket.
+It is started by the parent as a fresh interpreter, imports what jobs may need, freezes its heap and
+then serves control frames on one Unix socket: `spawn` (with the job's socket as SCM_RIGHTS),
+`kill`. It reports `started` and `exit` and ends when the parent closes the socket.
 """
 
 from __future__ import annotations
@@ -22,16 +22,23 @@ from typing import Any
 from awf.sandbox import child, frames, jail
 
 _LIBRARY = (
-  "__future__ abc array ast asyncio base64 binascii bisect calendar cmath collections collections.abc contextlib "
-  "copy csv dataclasses datetime decimal difflib enum fractions functools graphlib hashlib heapq hmac html inspect "
-  "io itertools json keyword linecache locale math numbers operator pprint queue random re secrets statistics "
-  "string struct sys textwrap threading time timeit token tokenize traceback types typing unicodedata unittest uuid "
-  "warnings weakref zlib concurrent.futures concurrent.futures.thread encodings.idna encodings.ascii "
+  "__future__ abc array ast asyncio base64 binascii bisect calendar cmath collections "
+  "collections.abc contextlib "
+  "copy csv dataclasses datetime decimal difflib enum fractions functools graphlib hashlib "
+  "heapq hmac html inspect "
+  "io itertools json keyword linecache locale math numbers operator pprint queue random re "
+  "secrets statistics "
+  "string struct sys textwrap threading time timeit token tokenize traceback types typing "
+  "unicodedata unittest uuid "
+  "warnings weakref zlib concurrent.futures concurrent.futures.thread encodings.idna "
+  "encodings.ascii "
   "encodings.latin_1 encodings.utf_16 encodings.utf_32"
 )
 _NUMERIC = (
-  "numpy numpy.linalg numpy.fft numpy.random numpy.polynomial sympy sympy.ntheory sympy.geometry sympy.combinatorics "
-  "sympy.stats sympy.solvers.diophantine sympy.solvers.inequalities sympy.functions.combinatorial.numbers "
+  "numpy numpy.linalg numpy.fft numpy.random numpy.polynomial sympy sympy.ntheory "
+  "sympy.geometry sympy.combinatorics "
+  "sympy.stats sympy.solvers.diophantine sympy.solvers.inequalities "
+  "sympy.functions.combinatorial.numbers "
   "sympy.parsing.sympy_parser sympy.logic.inference sympy.series.sequences mpmath"
 )
 _POLICE_SECONDS = 0.2
@@ -210,7 +217,7 @@ def _address_space() -> int:
 
 
 def main() -> None:
-  """Entry of the zygote: argv holds the control descriptor and a JSON object {"path", "preload", "numeric", "root"}."""
+  """Entry of the zygote: argv holds the control descriptor and a JSON object of options."""
   control = socket.socket(fileno=int(sys.argv[1]))
   options = json.loads(sys.argv[2])
   sys.path[:] = options["path"] + sys.path

@@ -22,17 +22,27 @@ from awf.search.propose import Edit, experience_lines, log_text, modification_of
 from awf.search.propose import proposal_messages as messages_for
 from awf.search.rounds import Child, RoundResult, Slot
 from awf.search.select import select_aflow, select_uct
-from awf.search.stages import COPY, Grader, Runner, Trials, Verdict, check, gather_all
+from awf.search.stages import COPY, Grader, Runner, Trials, Verdict, check, gather_all, key_of
 from awf.search.tree import SEED, Node, Tree, add_event, expand_event, replay
 from awf.search.workspace import Workspace
 from awf.types import Completion, Failure, Problem, UserError, WorkflowSource, stable_hash
 from awf.workflow.contract import OPERATORS_BY_TYPE, seed_source
-from awf.workflow.static import canonical, static_check
+from awf.workflow.static import static_check
 
 log = logging.getLogger(__name__)
 
 Proposer = Callable[[list[dict[str, str]], int, int], Awaitable[list[Completion]]]
 STATE_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchState:
+  """All that a search remembers between rounds; replaced as a whole, so never half new."""
+
+  events: tuple[Mapping[str, Any], ...] = ()
+  tree: Tree = Tree()  # the fold of the events
+  rounds_done: int = 0
+  starts_used: int = 0
 
 
 class MCTSOptimizer:
@@ -87,15 +97,20 @@ class MCTSOptimizer:
         raise UserError(
           f"config.search.starts: workflow {number} fails the static check: {failure.message}"
         )
-    self._start_keys = tuple(canonical(source) for source in self._starts)
+    self._start_keys = tuple(key_of(source) for source in self._starts)
     self._full = self._full_set()
-    self._events: list[dict[str, Any]] = []
+    self._state = SearchState()
     self._prepared = False
-    self.tree = Tree()
-    self.rounds_done = 0
-    self.starts_used = 0
 
   # ---- state ----
+
+  @property
+  def tree(self) -> Tree:
+    return self._state.tree
+
+  @property
+  def rounds_done(self) -> int:
+    return self._state.rounds_done
 
   @property
   def _stages(self) -> tuple[str, ...]:
@@ -120,8 +135,8 @@ class MCTSOptimizer:
       "seed": self.seed,
       "problems": self._problems_hash(),
       "rounds_done": self.rounds_done,
-      "starts_used": self.starts_used,
-      "events": list(self._events),
+      "starts_used": self._state.starts_used,
+      "events": list(self._state.events),
     }
 
   def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -138,11 +153,10 @@ class MCTSOptimizer:
           f"the saved search was made with another {names[field]}: expected {state[field]}, got "
           f"{value}; change it back or take a new --workdir"
         )
-    self._events = [dict(event) for event in state["events"]]
-    self.tree = replay(self._events)
-    self.rounds_done = int(state["rounds_done"])
-    self.starts_used = int(state["starts_used"])
-    self.workspace.prepare(self._events, self.tree)
+    events = tuple(dict(event) for event in state["events"])
+    counts = int(state["rounds_done"]), int(state["starts_used"])
+    self._state = SearchState(events, replay(events), *counts)
+    self.workspace.prepare(events, self.tree)
     if self.tree.nodes:
       self.workspace.write_index(self.tree, self._stages)
     self._prepared = True
@@ -199,22 +213,23 @@ class MCTSOptimizer:
       return
     if self.workspace.is_foreign():
       self._adopt()
-    self.workspace.prepare(self._events, self.tree)
+    self.workspace.prepare(self._state.events, self.tree)
     self._prepared = True
 
   def _adopt(self) -> None:
     """Takes over the rounds of a workspace that AFlow wrote."""
+    events = []
     for node in self.workspace.adopt(self.problems):
       valid = static_check(node.source, OPERATORS_BY_TYPE[self.config.question_type]) is None
-      key = canonical(node.source) if valid else ""
-      self._events.append(add_event(dataclasses.replace(node, canonical=key)))
-    self.tree = replay(self._events)
+      key = key_of(node.source) if valid else ""
+      events.append(add_event(dataclasses.replace(node, canonical=key)))
+    self._state = SearchState(tuple(events), replay(events))
     log.info("continuing an AFlow workspace with %d evaluated rounds", len(self.tree.nodes))
 
   async def _ensure_seed(self, draft: rounds.Draft) -> None:
     if SEED in draft.tree.nodes:
       return
-    key = canonical(self._root)
+    key = key_of(self._root)
     verdict = await self._trials.validate(self._root, key, self._full)
     draft.add_root(self._root, key, "seed", "full", verdict)
 
@@ -222,7 +237,7 @@ class MCTSOptimizer:
     self, draft: rounds.Draft, common: Sequence[Problem]
   ) -> tuple[list[Slot], int]:
     """The round's parents, start workflows first; and the new count of used starts."""
-    config, used = self.config, self.starts_used
+    config, used = self.config, self._state.starts_used
     share = int(config.start_share * config.parents + 0.5) if self._starts else 0
     order = [self._start_index(used + i) for i in range(share)]
     sources = {self._start_keys[i]: self._starts[i] for i in order}
@@ -307,7 +322,7 @@ class MCTSOptimizer:
       )
 
   async def _validate_best(self, tree: Tree, children: Sequence[Child]) -> dict[str, Verdict]:
-    """Full validation of the round's best children that have none yet, by canonical text."""
+    """Full validation of the round's best children that have none yet, by key."""
     ranked = sorted(
       (c for c in children if c.runs), key=lambda c: (-c.verdict.mean, c.slot.index, c.index)
     )
@@ -321,6 +336,6 @@ class MCTSOptimizer:
     return {key: v for key, v in done if not any(math.isnan(t.score) for t in v.trials)}
 
   def _commit(self, draft: rounds.Draft, starts_used: int) -> None:
-    self._events = self._events + draft.events
-    self.tree, self.rounds_done, self.starts_used = draft.tree, draft.round, starts_used
+    events = (*self._state.events, *draft.events)
+    self._state = SearchState(events, draft.tree, draft.round, starts_used)
     self.workspace.commit(draft.events, draft.tree, draft.trials, self._stages)

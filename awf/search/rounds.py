@@ -216,16 +216,17 @@ def summarise(
   stages: tuple[str, ...],
 ) -> RoundResult:
   """The round's result, from the finished draft."""
-  known = {e["node"]["id"] for e in draft.events if e["event"] == "add"}
+  added = {e["node"]["id"] for e in draft.events if e["event"] == "add"}
+  earlier = {n.canonical for n in draft.tree.nodes.values() if n.born < draft.round}
   metrics = {
     **_tree_metrics(draft, full, stages),
-    **_child_metrics(children, common),
+    **_child_metrics(children, common, earlier),
     **_pass_metrics(children, common, config.group_size),
   }
   return RoundResult(
     round=draft.round,
     rollouts=[rollout_of(c, config.reward) for c in children if not c.refused],
-    nodes=[draft.tree.nodes[id] for id in sorted(known)],
+    nodes=[draft.tree.nodes[id] for id in sorted(added)],
     metrics={f"mcts/{name}": value for name, value in metrics.items()},
     records=[_record(c, draft.round, config.reward) for c in children],
   )
@@ -259,11 +260,14 @@ def _mean(values: Sequence[float]) -> float:
   return sum(values) / len(values) if values else 0.0
 
 
-def _child_metrics(children: Sequence[Child], common: Sequence[Problem]) -> dict[str, float]:
+def _child_metrics(
+  children: Sequence[Child], common: Sequence[Problem], known: Collection[str]
+) -> dict[str, float]:
+  """Metrics of the proposals; `known` are the keys of earlier rounds."""
   counted = [c for c in children if not c.lost]
   running = [c for c in counted if c.runs]
   gains = [c.verdict.mean - _score_on(c.slot.parent, common) for c in running]
-  seen: set[str] = set()
+  seen = set(known)
   duplicates = 0
   for child in counted:
     duplicates += child.copies or (child.canonical != "" and child.canonical in seen)

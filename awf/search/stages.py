@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from awf.search.config import RewardConfig
 from awf.search.tree import LogEntry
-from awf.types import Failure, Grade, Problem, WorkflowResult, WorkflowSource
+from awf.types import Failure, Grade, Problem, WorkflowResult, WorkflowSource, stable_hash
 from awf.workflow.contract import OPERATORS_BY_TYPE
 from awf.workflow.static import canonical, static_check
 
@@ -82,13 +82,18 @@ async def gather_all(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     raise
 
 
-def check(source: WorkflowSource, parent_canonical: str, question_type: str) -> str | Failure:
-  """Canonical text of a workflow that passes the check, or why it does not (COPY: no edit)."""
+def key_of(source: WorkflowSource) -> str:
+  """A short name that equal (canonical) workflows share."""
+  return f"{stable_hash(canonical(source)):016x}"
+
+
+def check(source: WorkflowSource, parent_key: str, question_type: str) -> str | Failure:
+  """The key of a workflow that passes the check, or why it does not (COPY: no edit)."""
   failure = static_check(source, OPERATORS_BY_TYPE[question_type])
   if failure is not None:
     return failure
-  text = canonical(source)
-  return COPY if text == parent_canonical else text
+  key = key_of(source)
+  return COPY if key == parent_key else key
 
 
 class Trials:
@@ -100,7 +105,7 @@ class Trials:
     self._done: dict[tuple[str, str], Trial] = {}
 
   async def one(self, source: WorkflowSource, key: str, problem: Problem) -> Trial:
-    """One trial; `key` is the canonical text of `source`."""
+    """One trial; `key` is that of `source`."""
     known = self._done.get((key, problem.id))
     if known is not None:
       return known

@@ -34,7 +34,7 @@ class Node:
   id: int
   parent: int  # NO_NODE for a root
   source: WorkflowSource  # empty texts when the reply did not parse
-  canonical: str  # equal for equal programs; "" when the text failed the static check
+  canonical: str  # key of the canonical text, equal for equal programs; "" when it failed the check
   modification: str
   stage: str  # the stage that it failed, or the last one that it passed
   failure: Failure | None = None  # None: evaluated; only such nodes can be selected
@@ -60,6 +60,7 @@ class Node:
     """A JSON object; `Node.from_json` gives the node back."""
     out = dataclasses.asdict(self)
     out["before"] = None if math.isnan(self.before) else self.before
+    out["log"] = list(out["log"])
     return out
 
   @staticmethod
@@ -99,7 +100,7 @@ class Tree:
     return max((self.depth(n.id) for n in self.nodes.values() if n.evaluated), default=0)
 
   def find(self, canonical: str) -> Node | None:
-    """The first evaluated node with this canonical text."""
+    """The first evaluated node with this key."""
     hits = (n for n in self.nodes.values() if n.evaluated and n.canonical == canonical)
     return next(hits, None) if canonical else None
 

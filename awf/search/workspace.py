@@ -42,8 +42,6 @@ def write_atomic(path: Path, text: str) -> None:
   part = path.with_name(f".{path.name}.part")
   with open(part, "w", encoding="utf-8", newline="") as f:
     f.write(text)
-    f.flush()
-    os.fsync(f.fileno())
   os.replace(part, path)
 
 
@@ -162,7 +160,7 @@ class Workspace:
     return out.getvalue()
 
   def write_index(self, tree: Tree, stages: tuple[str, ...]) -> None:
-    """results.json (one pass per selectable round) and processed_experience.json."""
+    """results.json (a pass for each selectable round; AFlow's own stay) and the experience."""
     old = _load(self.path / "results.json") or []
     stamps = {
       (r["round"], r["score"]): r["time"] for r in old if {"round", "score", "time"} <= set(r)
@@ -170,6 +168,9 @@ class Workspace:
     now = datetime.datetime.now().isoformat()
     results = []
     for node in tree.selectable(stages):
+      if ADOPTED in node.scores:
+        results += [row for row in old if row.get("round") == node.id]
+        continue
       stamp = stamps.get((node.id, node.score), now)
       costs = {"avg_cost": 0.0, "total_cost": 0.0}
       results.append({"round": node.id, "score": node.score, **costs, "time": stamp})

@@ -17,7 +17,9 @@ _WORKER = pathlib.Path(__file__).with_name("latex_worker.py")
 _ALLOWED = re.compile(r"[A-Za-z0-9\s\\{}()\[\]^_+\-*/=<>.,:;!|&'%]*")
 _REFUSED = re.compile(r"__|[A-Za-z]\.[A-Za-z]|\\(?:def|input|include|write|catcode)")
 # Towers and huge exponents take for ever in exact arithmetic.
-_COSTLY = re.compile(r"\^[^+\-=,]{0,8}\^|\^\s*\{?\s*[0-9]{4,}|[0-9]{4,}\s*!|!\s*!")
+_COSTLY = re.compile(
+  r"\^\s*(?:[0-9A-Za-z]\s*\^|\{[^{}]*\^)|\^\s*\{?\s*[0-9]{4,}|[0-9]{4,}\s*!|!\s*!"
+)
 
 
 class LatexComparer:

@@ -13,6 +13,7 @@ from awf.tasks.latex import LatexComparer
 from awf.types import Grade, UserError
 
 MAX_RESPONSE_CHARS = 100_000  # only the end of a longer response is read
+MAX_LINE_CHARS = 2_000  # only the end of a longer line is searched for numbers
 MAX_ANSWER_CHARS = 200  # of the answer kept in a grade
 _TAG = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
 _BOX = re.compile(r"\\f?boxed\s*(?=\{)|\\boxed\s+(?=[-0-9])")
@@ -62,7 +63,7 @@ def _from_last_line(text: str) -> Extraction | None:
   lines = [line for line in text.splitlines() if line.strip(" \t*`.$")]
   if not lines:
     return None
-  line = quantities.clean(lines[-1])
+  line = quantities.clean(_end(lines[-1]))
   found = list(quantities.find_numbers(line))
   marked = None
   for marker in _MARKER.finditer(line):
@@ -71,10 +72,16 @@ def _from_last_line(text: str) -> Extraction | None:
   return chosen and Extraction(line[chosen.start : chosen.end], "last_line", False)
 
 
+def _end(line: str) -> str:
+  """The end of a long line, from a blank on, so that no number is cut."""
+  if len(line) <= MAX_LINE_CHARS:
+    return line
+  return line[-MAX_LINE_CHARS:].partition(" ")[2]
+
+
 def _from_last_number(text: str) -> Extraction | None:
-  # Line by line from the end, so that a long response is not scanned as a whole.
   for line in reversed(text.splitlines()):
-    cleaned = quantities.clean(line)
+    cleaned = quantities.clean(_end(line))
     found = list(quantities.find_numbers(cleaned))
     if found:
       return Extraction(cleaned[found[-1].start : found[-1].end], "last_number", False)

@@ -9,6 +9,8 @@ from fractions import Fraction
 
 MAX_DIGITS = 400  # longer numerals are not numbers; bounds the cost of exact arithmetic
 MAX_EXPONENT = 400
+MAX_CHARS = 1_000  # of a text that may be one number
+_WINDOW = 40  # characters before a number that can belong to it
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # Symbols that may follow a number as its unit; any other single letter is read as a variable.
 _UNIT_LETTERS = frozenset("mgshLlNJWVACKFTkMGdcHzΩ")
@@ -106,17 +108,17 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 def _sign(text: str, start: int) -> tuple[int, int]:
   """Returns (sign, start of the number with its sign); a minus between two operands is no sign."""
-  before = text[:start].rstrip()
+  window = text[max(0, start - _WINDOW) : start]
+  before = window.rstrip()
   if not before or before[-1] not in "+-":
     return 1, start
-  at = len(before) - 1
-  operand = text[:at].rstrip()
-  glued = at == start - 1
-  if operand and (operand[-1] in "0123456789)}]" or (len(operand) == at and operand[-1].isalnum())):
+  operand = before[:-1].rstrip()
+  glued, follows = before == window, operand == before[:-1]
+  if operand and (operand[-1] in "0123456789)}]" or (follows and operand[-1].isalnum())):
     return 1, start
   if not glued and operand and operand[-1] not in "=:(":
     return 1, start
-  return (-1 if before[-1] == "-" else 1), at
+  return (-1 if before[-1] == "-" else 1), start - len(window) + len(before) - 1
 
 
 def find_numbers(text: str) -> Iterator[Quantity]:
@@ -148,6 +150,8 @@ def parse_quantity(text: str) -> Quantity | None:
   Returns None when it holds no number, more than one, or an expression: a list of guesses is not
   an answer.
   """
+  if len(text) > MAX_CHARS:
+    return None
   text = clean(text).strip()
   while text.startswith("{") and text.endswith("}"):
     text = text[1:-1].strip()

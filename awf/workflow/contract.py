@@ -251,8 +251,10 @@ _CODE_SEED = f"""{_HEAD}        self.custom = operator.Custom(self.llm)
         self.custom_code_generate = operator.CustomCodeGenerate(self.llm)
 
     async def __call__(self, problem: str, entry_point: str):
-        solution = await self.custom_code_generate(problem=problem, entry_point=entry_point,
-        instruction="") return solution['response'], {_COST}
+        solution = await self.custom_code_generate(
+            problem=problem, entry_point=entry_point, instruction=""
+        )
+        return solution['response'], {_COST}
 """
 SEED_PROMPT = "# no prompt is used"
 

@@ -104,6 +104,8 @@ def _syntax_reason(text: str, what: str, error: BaseException) -> str:
   if isinstance(error, SyntaxError):
     where = f" in line {error.lineno}" if error.lineno else ""
     return f"the {what} has a syntax error{where}: {error.msg}"
+  if isinstance(error, (RecursionError, MemoryError)):
+    return f"the {what} is nested too deeply"
   return f"the {what} is no Python that can be read: {type(error).__name__}"
 
 

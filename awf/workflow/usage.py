@@ -74,8 +74,10 @@ def _enclosing(graph: Graph, node: ast.AST) -> Function | None:
 
 def _is_handed_on(graph: Graph, function: ast.AST, name: str) -> bool:
   """Whether a coroutine held by `name` may be awaited: directly, or by what gets it."""
-  keeps = (ast.Await, ast.Call, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Starred, ast.Return)
+  keeps = (ast.Await, ast.Call, ast.List, ast.Set, ast.Dict, ast.Starred)
   keeps += (ast.keyword, ast.Assign, ast.NamedExpr, ast.IfExp)
+  if function is not graph.method("__call__"):
+    keeps += (ast.Tuple, ast.Return)
   return any(
     isinstance(node, ast.Name)
     and node.id == name

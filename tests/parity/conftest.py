@@ -1,0 +1,23 @@
+"""The real 135M checkpoint, made once by the project's tool and kept out of version control."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+REAL = ROOT / ".cache" / "real135m"
+TOOL = ROOT.parent / "shared" / "tools" / "real_checkpoint.py"
+
+
+@pytest.fixture(scope="session")
+def real_checkpoint() -> pathlib.Path:
+  """Directory of a pre-trained Qwen2-layout model with 135 million parameters, bfloat16."""
+  if not (REAL / "config.json").is_file():
+    REAL.parent.mkdir(exist_ok=True)
+    part = REAL.with_name(f"{REAL.name}.{os.getpid()}")
+    subprocess.run([sys.executable, str(TOOL), str(part)], check=True, capture_output=True)
+    part.rename(REAL)
+  return REAL

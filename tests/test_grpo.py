@@ -1,0 +1,474 @@
+"""The GRPO learner against plain readings of its formulas, and what must not change its result."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from awf.checkpoint import Checkpointer
+from awf.grpo.advantages import group_advantages
+from awf.grpo.attention import block_attend, dense_attend
+from awf.grpo.batch import bin_size, make_batch
+from awf.grpo.config import GRPOConfig, OptimConfig, learning_rate_at, make_optimizer
+from awf.grpo.loss import head_loss, k3, logp_and_entropy, policy_terms
+from awf.grpo.trainer import GRPOTrainer
+from awf.qwen.config import QwenConfig
+from awf.qwen.lora import LoRAConfig, init_lora, scaled
+from awf.qwen.model import Qwen, head, init_params
+from awf.sharding import make_mesh
+from awf.types import Rollout, UserError
+
+CONFIG = QwenConfig(53, 32, 48, 2, 4, 2, 8, tie_word_embeddings=True)
+LORA = LoRAConfig(4, 8.0)
+# A large eps keeps Adam near plain descent, so that rounding of tiny gradients is not blown up.
+OPTIM = OptimConfig(learning_rate=3.0, eps=1.0, grad_clip=0.0)
+GRPO = GRPOConfig(group_size=4, micro_batch=2)
+
+
+@pytest.fixture(scope="module")
+def params():
+  return jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, init_params(CONFIG, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def lora():
+  new = init_lora(CONFIG, LORA, jax.random.key(1))
+  noise = np.random.default_rng(0)
+  return jax.tree.map(lambda x: x + 0.05 * noise.standard_normal(x.shape).astype(np.float32), new)
+
+
+def make_rollouts(groups=3, size=4, seed=0, longest=20):
+  rng = np.random.default_rng(seed)
+  rollouts = []
+  for g in range(groups):
+    prompt = tuple(rng.integers(0, 53, rng.integers(3, 30)).tolist())
+    for _ in range(size):
+      n = int(rng.integers(1, longest))
+      ids = tuple(rng.integers(0, 53, n).tolist())
+      reward = float(rng.random())
+      rollouts.append(
+        Rollout(f"g{g}", prompt, ids, (-3.0,) * n, reward, {"runs": reward / 2}, bool(n > 15))
+      )
+  return rollouts
+
+
+def make_trainer(params, lora, grpo=GRPO, optim=OPTIM, mesh=None, **kwargs):
+  key = jax.random.key(7)
+  return GRPOTrainer(CONFIG, params, lora, LORA, grpo, optim, mesh, key, **kwargs)
+
+
+def plain_logps(params, lora, rollout, temperature=1.0):
+  """(log-probs, entropies) of one rollout by itself, from whole logits."""
+  ids = jnp.array([(*rollout.prompt_ids, *rollout.token_ids)])
+  variables = {"params": params} | ({"lora": scaled(lora, LORA)} if lora else {})
+  hidden, _ = Qwen(CONFIG).apply(variables, ids, jnp.arange(ids.shape[1])[None])
+  logits = head(params, hidden)[0, len(rollout.prompt_ids) - 1 : -1] / temperature
+  logp = jax.nn.log_softmax(logits)
+  chosen = jnp.take_along_axis(logp, jnp.array(rollout.token_ids)[:, None], 1)[:, 0]
+  return chosen, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+
+def flat(tree):
+  return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def assert_trees_close(a, b, tolerance=2e-6):
+  np.testing.assert_allclose(flat(a), flat(b), atol=tolerance, rtol=1e-4)
+
+
+# Advantages
+
+
+def test_advantages_match_their_formula():
+  rewards = [0.0, 1.0, 0.5, 0.2, 0.9]
+  got = group_advantages(rewards, ["a", "a", "a", "b", "b"], "grpo", 1e-4)
+  a, b = np.array(rewards[:3]), np.array(rewards[3:])
+  std_a, std_b = np.sqrt(((a - a.mean()) ** 2).sum() / 2), np.sqrt(((b - b.mean()) ** 2).sum())
+  expected = np.concatenate([(a - a.mean()) / (std_a + 1e-4), (b - b.mean()) / (std_b + 1e-4)])
+  np.testing.assert_allclose(got.values_B, expected, rtol=1e-6)
+  np.testing.assert_allclose(got.mean_std, (std_a + std_b) / 2, rtol=1e-9)
+  centred = group_advantages(rewards, ["a", "a", "a", "b", "b"], "dr_grpo")
+  np.testing.assert_allclose(centred.values_B[:3], a - a.mean(), rtol=1e-6)
+
+
+def test_advantages_ignore_shift_order_and_missing_rows():
+  rng = np.random.default_rng(0)
+  rewards, groups = rng.random(12), [f"g{i % 3}" for i in range(12)]
+  base = group_advantages(rewards, groups).values_B
+  np.testing.assert_allclose(group_advantages(rewards + 5, groups).values_B, base, atol=1e-6)
+  order = rng.permutation(12)
+  mixed = group_advantages(rewards[order], [groups[i] for i in order]).values_B
+  np.testing.assert_allclose(mixed, base[order], atol=1e-6)
+  with_nan = group_advantages([*rewards, np.nan], [*groups, "g0"])
+  np.testing.assert_array_equal(with_nan.values_B, [*base, 0.0])
+  assert not with_nan.is_valid_B[-1]
+
+
+def test_uniform_groups_and_groups_of_one_are_exactly_zero():
+  got = group_advantages([0.1, 0.1, 0.1, 0.7, np.nan, np.nan], ["a", "a", "a", "b", "c", "c"])
+  np.testing.assert_array_equal(got.values_B, np.zeros(6))
+  assert got.zero_std_share == 1.0 and got.mean_std == 0.0
+  with pytest.raises(ValueError, match="grpo.advantage"):
+    group_advantages([1.0], ["a"], "best")
+
+
+# Formulas
+
+
+def test_logp_and_entropy_match_numpy():
+  logits = np.random.default_rng(0).normal(0, 30, (2, 5, 11)).astype(np.float32)
+  target = np.random.default_rng(1).integers(0, 11, (2, 5))
+  wide = logits.astype(np.float64)
+  p = np.exp(wide - wide.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  logp, entropy = logp_and_entropy(jnp.array(logits), jnp.array(target))
+  chosen = np.take_along_axis(p, target[..., None], -1)[..., 0]
+  np.testing.assert_allclose(logp, np.log(chosen), rtol=1e-5, atol=1e-5)
+  safe = np.where(p > 0, p, 1)
+  np.testing.assert_allclose(entropy, -(p * np.log(safe)).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_policy_terms_and_k3_match_numpy():
+  rng = np.random.default_rng(0)
+  logp, old, advantage = (rng.normal(0, 0.4, 200) for _ in range(3))
+  loss, ratio = policy_terms(jnp.array(logp), jnp.array(old), jnp.array(advantage), GRPO)
+  r = np.exp(logp - old)
+  expected = [-min(x * a, min(max(x, 0.8), 1.28) * a) for x, a in zip(r, advantage, strict=True)]
+  np.testing.assert_allclose(ratio, r, rtol=1e-5)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
+  d = old - logp
+  np.testing.assert_allclose(k3(jnp.array(logp), jnp.array(old)), np.exp(d) - d - 1, atol=1e-6)
+  assert float(jnp.min(k3(jnp.array(logp), jnp.array(old)))) >= 0
+
+
+def test_head_loss_gradient_is_that_of_whole_logits():
+  key = jax.random.split(jax.random.key(0), 3)
+  kernel, hidden = jax.random.normal(key[0], (8, 11)), jax.random.normal(key[1], (2, 10, 8))
+  data = {"t": jax.random.randint(key[2], (2, 10), 0, 11), "w": jnp.arange(20.0).reshape(2, 10)}
+  data["w"] = jnp.where(jnp.arange(10) < 7, data["w"], 0.0)
+
+  def fn(logits, d, scale):
+    logp, entropy = logp_and_entropy(logits, d["t"])
+    return scale * jnp.sum(d["w"] * (logp + entropy)), {"logp": logp}
+
+  def chunked(h):
+    return head_loss(kernel, h, data, jnp.float32(3), jnp.int32(7), fn, 4)
+
+  (loss, aux), grad = jax.value_and_grad(chunked, has_aux=True)(hidden)
+  want, want_grad = jax.value_and_grad(lambda h: fn(h @ kernel, data, 3.0)[0])(hidden)
+  np.testing.assert_allclose(loss, want, rtol=1e-5)
+  np.testing.assert_allclose(grad, want_grad, atol=1e-4)
+  np.testing.assert_allclose(aux["logp"][:, :7], fn(hidden @ kernel, data, 3.0)[1]["logp"][:, :7])
+  assert np.all(aux["logp"][:, 8:] == 0)  # the chunk behind the last target is not computed
+
+
+def test_block_attention_equals_dense_attention_and_its_gradient():
+  segments = np.zeros(150, np.int32)
+  parents = np.zeros(150, np.int32)
+  segments[:40], parents[:40] = 1, 1
+  for i, start in enumerate((40, 70, 71, 90)):
+    stop = (70, 71, 90, 130)[i]
+    segments[start:stop], parents[start:stop] = 2 + i, 1
+  keys = jax.random.split(jax.random.key(0), 4)
+  q, g = (jax.random.normal(k, (1, 150, 4, 8)) for k in keys[:2])
+  k, v = (jax.random.normal(k, (1, 150, 2, 8)) for k in keys[2:])
+  g = g * (segments > 0)[None, :, None, None]
+
+  def run(attend):
+    out, pull = jax.vjp(lambda *x: attend(0, *x, None)[0], q, k, v)
+    return out * (segments > 0)[None, :, None, None], pull(g)
+
+  dense = run(dense_attend(jnp.array(segments)[None], jnp.array(parents)[None], 64))
+  for block in (16, 64):
+    blocks = run(block_attend(jnp.array(segments), jnp.array(parents), block))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), blocks, dense)
+
+
+# Batches
+
+
+def test_batch_holds_every_token_once_and_shares_prompts():
+  rollouts = make_rollouts(groups=4, size=5)
+  batch = make_batch(rollouts, range(20), 96)
+  assert bin_size(rollouts, 96) == 512
+  seen = set()
+  for z, b, u in np.argwhere(batch.is_target_ZBU):
+    row, column = int(batch.row_ZBU[z, b, u]), int(batch.column_ZBU[z, b, u])
+    seen.add((row, column))
+    rollout, source = rollouts[row], int(batch.source_ZBU[z, b, u])
+    assert batch.target_ZBU[z, b, u] == rollout.token_ids[column]
+    before = (*rollout.prompt_ids, *rollout.token_ids)[len(rollout.prompt_ids) + column - 1]
+    assert batch.tokens_ZBT[z, b, source] == before
+    assert batch.positions_ZBT[z, b, source] == len(rollout.prompt_ids) + column - 1
+  assert seen == {(i, j) for i, r in enumerate(rollouts) for j in range(len(r.token_ids))}
+  alone = sum(len(r.prompt_ids) + len(r.token_ids) for r in rollouts)
+  assert batch.num_tokens < 0.7 * alone
+
+
+def test_batch_refuses_what_cannot_be_packed():
+  empty = Rollout("a", (), (1,), (0.0,), 1.0)
+  with pytest.raises(ValueError, match="expected a prompt"):
+    make_batch([empty], [0], 512)
+  with pytest.raises(ValueError, match="at most 16 tokens, got 20"):
+    make_batch([Rollout("a", (1,) * 11, (1,) * 10, (0.0,) * 10, 1.0)], [0], 16)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_learner_logprobs_equal_the_plain_forward(params, lora, temperature):
+  rollouts = make_rollouts(groups=6, size=8, longest=60)  # several bins, prompts split over them
+  trainer = make_trainer(params, lora, temperature=temperature)
+  for rollout, got in zip(rollouts, trainer.logprobs(rollouts), strict=True):
+    logp, _ = plain_logps(params, lora, rollout, temperature)
+    np.testing.assert_allclose(got, logp, atol=1e-5)
+  base = trainer.logprobs(rollouts[:2], is_base=True)
+  np.testing.assert_allclose(
+    base[0], plain_logps(params, None, rollouts[0], temperature)[0], atol=1e-5
+  )
+
+
+# Updates
+
+
+def plain_update(params, lora, rollouts, grpo, optim):
+  """The whole algorithm, row by row, on whole logits."""
+  advantages = group_advantages(
+    [r.reward for r in rollouts], [r.group for r in rollouts], grpo.advantage, grpo.std_eps
+  ).values_B
+  total = sum(len(r.token_ids) for r in rollouts)
+  old = [plain_logps(params, lora, r)[0] for r in rollouts]
+  ref = [plain_logps(params, None, r)[0] for r in rollouts]
+
+  def loss(lora):
+    value = 0.0
+    for i, rollout in enumerate(rollouts):
+      logp, entropy = plain_logps(params, lora, rollout)
+      r, a = jnp.exp(logp - old[i]), advantages[i]
+      clipped = jnp.clip(r, 1 - grpo.clip_low, 1 + grpo.clip_high)
+      terms = -jnp.minimum(r * a, clipped * a) - grpo.entropy_coef * entropy
+      terms += grpo.beta * (jnp.exp(ref[i] - logp) - (ref[i] - logp) - 1)
+      value += jnp.sum(terms)
+    return value / total
+
+  optimizer = make_optimizer(optim)
+  state, losses = optimizer.init(lora), []
+  for _ in range(grpo.steps_per_batch):
+    value, grads = jax.value_and_grad(loss)(lora)
+    updates, state = optimizer.update(grads, state, lora)
+    lora = optax.apply_updates(lora, updates)
+    losses.append(float(value))
+  return lora, np.mean(losses)
+
+
+def test_update_equals_the_plain_algorithm(params, lora):
+  grpo = dataclasses.replace(GRPO, beta=0.1, entropy_coef=0.01, steps_per_batch=2)
+  rollouts = make_rollouts(groups=2, size=3)
+  trainer = make_trainer(params, lora, grpo)
+  metrics = trainer.update(rollouts)
+  expected, loss = plain_update(params, lora, rollouts, grpo, OPTIM)
+  assert float(np.abs(flat(expected) - flat(lora)).max()) > 1e-3
+  assert_trees_close(trainer.state.lora, expected, 1e-5)
+  np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
+  assert int(trainer.state.step) == 2
+
+
+def test_micro_batches_chunks_remat_and_mesh_change_nothing(params, lora):
+  rollouts = make_rollouts(groups=6, size=8, longest=60)
+  grpo = dataclasses.replace(GRPO, steps_per_batch=2)
+  reference = make_trainer(params, lora, dataclasses.replace(grpo, micro_batch=16))
+  want = reference.update(rollouts)
+  others = {
+    "micro": (dataclasses.replace(grpo, micro_batch=2, vocab_chunk=100, remat=True), None),
+    "mesh": (grpo, make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])),
+    "tensor": (grpo, make_mesh(data=1, tensor=2, devices=jax.devices()[:2])),
+  }
+  for name, (config, mesh) in others.items():
+    trainer = make_trainer(params, lora, config, mesh=mesh)
+    got = trainer.update(rollouts)
+    assert_trees_close(trainer.state.lora, reference.state.lora, 1e-5)
+    assert set(got) == set(want), name
+    for key, value in want.items():
+      np.testing.assert_allclose(got[key], value, rtol=2e-3, atol=1e-5, err_msg=f"{name} {key}")
+
+
+def test_uniform_rewards_change_nothing(params, lora):
+  trainer = make_trainer(params, lora)
+  before = jax.device_get(jax.tree.map(jnp.copy, trainer.state.lora))
+  rollouts = [dataclasses.replace(r, reward=0.3) for r in make_rollouts()]
+  metrics = trainer.update(rollouts)
+  assert metrics["skipped"] == 1.0 and metrics["frac_reward_zero_std"] == 1.0
+  np.testing.assert_array_equal(flat(before), flat(trainer.state.lora))
+  assert int(trainer.state.step) == 0 and trainer.traces == 0
+
+
+def test_one_trace_new_keys_masked_rows_and_the_stop_token(params, lora):
+  trainer = make_trainer(params, lora)
+  rollouts = make_rollouts()
+
+  def updated(batch):
+    trainer.state = jax.tree.map(jnp.copy, start)
+    return trainer.update(batch), flat(trainer.state.lora)
+
+  start = jax.tree.map(jnp.copy, trainer.state)
+  metrics, base = updated(rollouts)
+  assert metrics["skipped"] == 0.0 and np.abs(base - flat(start.lora)).max() > 1e-3
+  assert not np.array_equal(jax.random.key_data(trainer.state.key), jax.random.key_data(start.key))
+  # A row without a reward is as if it had not been drawn.
+  lost = dataclasses.replace(rollouts[0], reward=float("nan"), token_ids=(5,) * 9)
+  metrics_lost, with_lost = updated([*rollouts, lost])
+  np.testing.assert_allclose(with_lost, base, atol=1e-6)
+  assert metrics_lost["reward"] == pytest.approx(metrics["reward"])
+  # A row with zero advantage is not computed but counts in the mean over tokens.
+  uniform = [dataclasses.replace(r, group="u", reward=0.5) for r in rollouts[:2]]
+  extra = sum(len(r.token_ids) for r in uniform)
+  total = sum(len(r.token_ids) for r in rollouts)
+  metrics_uniform, _ = updated([*rollouts, *uniform])
+  assert metrics_uniform["grad_norm"] == pytest.approx(
+    metrics["grad_norm"] * total / (total + extra), rel=1e-3
+  )
+  # The last token (the stop token of a finished row) is trained on.
+  ids = rollouts[1].token_ids
+  other = dataclasses.replace(rollouts[1], token_ids=(*ids[:-1], (ids[-1] + 1) % 53))
+  assert np.abs(updated([rollouts[0], other, *rollouts[2:]])[1] - base).max() > 1e-5
+  # The order of rows does not matter.
+  np.testing.assert_allclose(updated(rollouts[::-1])[1], base, atol=1e-6)
+  updated(make_rollouts(groups=5, size=7, seed=3))
+  assert trainer.traces == 1
+
+
+FIELDS = {
+  "advantage": "dr_grpo",
+  "std_eps": 1.0,
+  "clip_low": 0.01,
+  "clip_high": 0.01,
+  "beta": 0.5,
+  "entropy_coef": 0.1,
+  "steps_per_batch": 1,
+  "mask_truncated": True,
+}
+
+
+def test_every_field_of_the_objective_changes_the_update(params, lora):
+  grpo = dataclasses.replace(GRPO, steps_per_batch=2)
+  rollouts = make_rollouts(groups=2)
+  assert any(r.truncated for r in rollouts)
+
+  def updated(config):
+    trainer = make_trainer(params, lora, config)
+    trainer.update(rollouts)
+    return flat(trainer.state.lora)
+
+  base = updated(grpo)
+  neutral = {"group_size", "aggregation", "micro_batch", "vocab_chunk", "remat"}
+  assert set(FIELDS) | neutral == {f.name for f in dataclasses.fields(GRPOConfig)}
+  for name, value in FIELDS.items():
+    changed = updated(dataclasses.replace(grpo, **{name: value}))
+    assert np.abs(changed - base).max() > 1e-5, name
+
+
+def test_training_raises_the_rewarded_completion_and_resumes_exactly(params, tmp_path):
+  rollouts = [
+    Rollout("a", (1, 2, 3), (4, 5, 0), (-4.0,) * 3, 1.0),
+    Rollout("a", (1, 2, 3), (6, 7, 8, 0), (-4.0,) * 4, 0.0),
+  ]
+  optim = OptimConfig(learning_rate=1e-2)
+  trainer = make_trainer(params, None, GRPO, optim)
+  before = trainer.logprobs(rollouts)
+  base = trainer.logprobs(rollouts, is_base=True)
+  np.testing.assert_array_equal(before[0], base[0])  # a new adapter is the base
+  trainer.update(rollouts)
+  checkpointer = Checkpointer(tmp_path)
+  checkpointer.save(1, trainer.state)
+  metrics = [trainer.update(rollouts) for _ in range(3)]
+  resumed = make_trainer(params, None, GRPO, optim)
+  resumed.state = checkpointer.restore(resumed.state)[1]
+  assert [resumed.update(rollouts) for _ in range(3)] == metrics
+  np.testing.assert_array_equal(flat(resumed.state.lora), flat(trainer.state.lora))
+  after = trainer.logprobs(rollouts)
+  assert after[0].sum() > before[0].sum() and after[1].sum() < before[1].sum()
+
+
+def test_metric_names_and_sampling_difference(params, lora):
+  trainer = make_trainer(params, lora)
+  rollouts = make_rollouts(groups=2)
+  exact = [
+    dataclasses.replace(r, logprobs=tuple(p.tolist()))
+    for r, p in zip(rollouts, trainer.logprobs(rollouts), strict=True)
+  ]
+  metrics = trainer.update(exact)
+  assert metrics["sampling/sampling_logp_difference/max"] < 1e-5
+  assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-5)
+  assert metrics["clip_ratio/region_mean"] == 0 and metrics["kl"] == 0
+  assert metrics["rewards/runs/mean"] == pytest.approx(metrics["reward"] / 2)
+  entropies = [plain_logps(params, lora, r)[1] for r in rollouts]
+  expected = float(jnp.mean(jnp.concatenate(entropies)))
+  assert metrics["entropy"] == pytest.approx(expected, rel=1e-4)
+  lengths = [len(r.token_ids) for r in rollouts]
+  assert metrics["completions/max_length"] == max(lengths)
+  names = {"reward_std", "loss", "policy_loss", "grad_norm", "learning_rate", "skipped"}
+  assert names <= set(metrics) and all(type(v) is float for v in metrics.values())
+
+
+# Optimiser and configs
+
+
+def test_schedules_and_warm_up():
+  cosine = OptimConfig(1.0, "cosine", warmup_steps=2, total_steps=10)
+  rates = [float(learning_rate_at(cosine, s)) for s in range(11)]
+  expected = [0.5, 1.0] + [0.5 * (1 + np.cos(np.pi * s / 8)) for s in range(9)]
+  np.testing.assert_allclose(rates, expected, atol=1e-6)
+  linear = OptimConfig(1.0, "linear", total_steps=4)
+  np.testing.assert_allclose([float(learning_rate_at(linear, s)) for s in (0, 2, 4)], [1, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [("learning_rate", 0.3), ("weight_decay", 0.1), ("b1", 0.5), ("b2", 0.5), ("eps", 1e-2)],
+)
+def test_every_field_of_the_optimiser_changes_the_step(field, value):
+  weights = {"kernel": jnp.array([[1.0, -2.0]]), "scale": jnp.array([3.0])}
+  grads = [{"kernel": jnp.array([[g, 0.3]]), "scale": jnp.array([0.0])} for g in (0.1, -0.5, 0.2)]
+
+  def run(optim):
+    optimizer, tree = make_optimizer(optim), weights
+    state = optimizer.init(tree)
+    for grad in grads:
+      updates, state = optimizer.update(grad, state, tree)
+      tree = optax.apply_updates(tree, updates)
+    return tree
+
+  base, changed = (
+    run(OptimConfig(0.1)),
+    run(dataclasses.replace(OptimConfig(0.1), **{field: value})),
+  )
+  assert np.abs(base["kernel"] - changed["kernel"]).max() > 1e-4
+  np.testing.assert_array_equal(base["scale"], changed["scale"])  # vectors are not decayed
+
+
+def test_clipping_bounds_the_step(params, lora):
+  rollouts = make_rollouts(groups=1)
+  optim = OptimConfig(learning_rate=1.0, eps=1e3, grad_clip=1e-3)  # step ~ gradient / 1e3
+  free = make_trainer(params, lora, optim=dataclasses.replace(optim, grad_clip=0.0))
+  clipped = make_trainer(params, lora, optim=optim)
+  norm = free.update(rollouts)["grad_norm"]
+  assert clipped.update(rollouts)["grad_norm"] == pytest.approx(norm, rel=1e-5) and norm > 1e-3
+  far, near = (np.abs(flat(t.state.opt_state[0].mu)).max() for t in (free, clipped))
+  assert near == pytest.approx(far * 1e-3 / norm, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (lambda: GRPOConfig(group_size=1), "config.grpo.group_size: expected at least 2, got 1"),
+    (lambda: GRPOConfig(advantage="best"), "config.grpo.advantage"),
+    (lambda: GRPOConfig(clip_low=2.0), "config.grpo.clip_low"),
+    (lambda: OptimConfig(schedule="cosin"), "config.optim.schedule"),
+    (lambda: OptimConfig(schedule="cosine"), "config.optim.total_steps"),
+    (lambda: OptimConfig(b1=1.0), "config.optim.b1"),
+  ],
+)
+def test_bad_settings_name_their_field(make, message):
+  with pytest.raises(UserError, match=message):
+    make()

@@ -1,0 +1,207 @@
+"""Operators in the real sandbox, and the extraction of answers, tags and code."""
+
+import asyncio
+
+import pytest
+from scripted import COST, PROBLEM, answer, make_runner, new_sandbox, run, script, source
+
+from awf.types import Problem, WorkflowSource
+from awf.workflow import prompts
+from awf.workflow.extract import choice_letter, code_of, normal_answer, numbers, tag
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+  with new_sandbox() as one:
+    yield one
+
+
+# Operators.
+
+
+def test_ensemble_counts_equal_answers(sandbox):
+  solutions = ["I get 7.", "<answer>42</answer>", "", "so 42.0", "\\boxed{7}, no: 42"]
+  llm = script("unused")
+  body = f"s = await self.sc_ensemble(solutions={solutions!r}, problem=problem)\n"
+  assert answer(sandbox, llm, body + f"return s['response'], {COST}") == "I get 7."
+  assert llm.prompts == [prompts.sc_ensemble(["I get 7.", "<answer>42</answer>"], "What is 6*7?")]
+  three = [*solutions, "It is 42"]
+  body = f"s = await self.sc_ensemble({three!r})\nreturn s['response'], {COST}"
+  llm = script("unused")
+  assert answer(sandbox, llm, body) == "<answer>42</answer>" and not llm.requests
+
+
+@pytest.mark.parametrize(
+  ("reply", "chosen"),
+  [
+    ("<thought>x</thought>\n<solution_letter>B</solution_letter>", "2"),
+    ("<solution_letter> b. ", "2"),
+    ("I think that C is right", "3"),
+    ("<solution_letter>Z</solution_letter>", "1"),
+    ("no idea", "1"),
+    ("", "1"),
+  ],
+)
+def test_ensemble_reads_letters_leniently(sandbox, reply, chosen):
+  body = f"s = await self.sc_ensemble(['1', '2', '3'], problem)\nreturn s['response'], {COST}"
+  assert answer(sandbox, script(reply), body) == chosen
+
+
+def test_ensemble_of_nothing(sandbox):
+  body = f"s = await self.sc_ensemble([], problem)\nreturn s['response'] + '!', {COST}"
+  assert answer(sandbox, script("x"), body) == "!"
+
+
+PROGRAM = "```python\ndef solve():\n    return {}\n```"
+PROGRAMMER = (
+  "p = await self.programmer(problem=problem)\n"
+  f"return p['output'] + '|' + p['error'] + '|' + p['code'], {COST}"
+)
+
+
+def test_programmer_runs_the_program(sandbox):
+  llm = script(PROGRAM.format("6 * 7"))
+  result = run(sandbox, llm, source(PROGRAMMER))
+  assert result.answer == "42||def solve():\n    return 6 * 7" and result.programs == 1
+  assert llm.prompts == [prompts.programmer("What is 6*7?")]
+
+
+def test_programmer_repairs_a_failing_program(sandbox):
+  llm = script(PROGRAM.format("1 // 0"), "sorry", PROGRAM.format("'ok'"))
+  result = run(sandbox, llm, source(PROGRAMMER))
+  assert result.answer.startswith("ok||") and result.calls == 3
+  assert "The last program failed: ZeroDivisionError" in llm.prompts[1]
+  assert "The last program failed: " in llm.prompts[2] and llm.prompts[2] != llm.prompts[1]
+
+
+def test_programmer_gives_up_after_three_tries(sandbox):
+  llm = script(PROGRAM.format("open('/etc/passwd').read()"))
+  text = answer(sandbox, llm, PROGRAMMER)
+  assert text.startswith("|") and "Error" in text.split("|")[1] and len(llm.requests) == 3
+
+
+def test_a_program_that_returns_none_is_no_failure(sandbox):
+  llm = script(PROGRAM.format("None"))
+  assert answer(sandbox, llm, PROGRAMMER).startswith("||def") and len(llm.requests) == 1
+  assert answer(sandbox, script(PROGRAM.format("'None'")), PROGRAMMER).startswith("None||")
+
+
+def test_equal_programs_run_once(sandbox):
+  runner = make_runner(sandbox, script(PROGRAM.format("6 * 7")))
+  body = (
+    "found = await asyncio.gather(*[self.programmer(problem) for _ in range(4)])\n"
+    f"return ' '.join(p['output'] for p in found), {COST}"
+  )
+  workflow = source(body)
+  workflow = WorkflowSource("import asyncio\n" + workflow.graph, "")
+  result = asyncio.run(runner.run(workflow, PROBLEM))
+  assert result.answer == "42 42 42 42" and (result.calls, result.programs) == (4, 1)
+  assert runner.stats()["cached_programs"] == 3
+
+
+def test_answer_generate_asks_again_for_missing_tags(sandbox):
+  body = f"a = await self.answer_generate(problem)\nreturn a['thought'] + '|' + a['answer'], {COST}"
+  good = "<thought>six sevens</thought>\n<answer>42</answer>"
+  llm = script("42!", good)
+  assert answer(sandbox, llm, body) == "six sevens|42"
+  assert llm.prompts == [prompts.answer_generate("What is 6*7?")] * 2
+  assert llm.requests[0][1] != llm.requests[1][1]
+  llm = script(" 42! ")
+  assert answer(sandbox, llm, body) == "|42!" and len(llm.requests) == 2
+
+
+def test_review_and_revise(sandbox):
+  body = (
+    "review, revise = operator.Review(self.llm), operator.Revise(self.llm)\n"
+    "r = await review(problem, '41')\n"
+    "s = await revise(problem, '41', r['feedback'])\n"
+    f"return r['review_result'] + r['feedback'] + s['solution'], {COST}"
+  )
+  llm = script(
+    "<review_result>False</review_result><feedback>too low</feedback>", "<solution>42</solution>"
+  )
+  assert answer(sandbox, llm, body) == "falsetoo low42"
+  assert llm.prompts == [
+    prompts.review("What is 6*7?", "41"),
+    prompts.revise("What is 6*7?", "41", "too low"),
+  ]
+
+
+CODE = Problem("c", "Add.", entry_point="add", public_tests=("assert candidate(1, 2) == 3",))
+TESTED = "t = await self.test(problem, 'def add(a, b):\\n  return a - b', entry_point)\n"
+TESTED += f"return str(t['result']) + t['solution'], {COST}"
+
+
+@pytest.mark.parametrize(
+  ("reply", "expected", "calls"),
+  [
+    ("```python\ndef add(a, b):\n  return a + b\n```", "Truedef add(a, b):\n  return a + b", 1),
+    ("def add(a, b):\n  return 3.5", "Falsedef add(a, b):\n  return 3.5", 3),
+  ],
+)
+def test_test_operator_repairs_until_the_public_tests_pass(sandbox, reply, expected, calls):
+  llm = script(reply)
+  workflow = source(TESTED, "", "problem, entry_point")
+  result = run(sandbox, llm, workflow, CODE, kind="code", dataset="HumanEval")
+  assert (result.answer, len(llm.requests)) == (expected, calls), result
+  assert "It fails: AssertionError" in llm.prompts[0]
+
+
+def test_test_operator_passes_without_public_tests(sandbox):
+  problem = Problem("c", "Add.", entry_point="add")
+  workflow = source(TESTED, "", "problem, entry_point")
+  result = run(sandbox, script("x"), workflow, problem, kind="code")
+  assert result.answer.startswith("True") and result.calls == result.programs == 0
+
+
+# Extraction.
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("<answer>12</answer> then <answer> 7 </answer> of 9", "7"),
+    ("<answer>42 apples</answer>", "42"),
+    ("<answer>The  Eiffel Tower.</answer>", "the eiffel tower"),
+    ("<answer>5", "5"),
+    ("so \\boxed{\\text{1,234}} done 5", "1234"),
+    ("\\boxed{x^{2}}", "2"),
+    ("\\boxed{(1, 2)}", "(1, 2)"),
+    ("I get 3, then 7.", "7"),
+    ("the sum is 1,234.50", "2469/2"),
+    ("it is 72.0", "72"),
+    ("about .5", "1/2"),
+    ("2/4", "1/2"),
+    ("1/0", "1"),
+    ("3e4", "30000"),
+    ("1e999999", "999999"),
+    ("-5", "-5"),
+    ("10-4", "4"),
+    ("x = \u22127", "-7"),
+    ("Yes.", "yes"),
+    ("", ""),
+    ("```python\ndef f(x):\n  return 1\n```", "def f(x):\n  return 1"),
+    ("def f(x):\n\n  return 2  \n", "def f(x):\n  return 2"),
+  ],
+)
+def test_normal_answer(text, expected):
+  assert normal_answer(text) == expected
+
+
+def test_extraction_is_bounded_on_hostile_text():
+  for text in ("9" * 100_000, "1," * 50_000, "-" * 100_000, "<answer>" * 10_000, "```\n" * 20_000):
+    assert isinstance(normal_answer(text), str)
+    assert isinstance(code_of(text), str)
+  assert numbers("9" * 100) == ["9" * 100]
+
+
+def test_code_and_tags():
+  assert (
+    code_of("a\n```py\nx = 1\n```\nb\n```text\nno\n```\n```python\ny = 2\n```") == "x = 1\n\ny = 2"
+  )
+  assert code_of("```\nx = 1\n```") == "x = 1"
+  assert code_of("so\n```python\nx = 1\ny =") == "x = 1\ny ="
+  assert code_of("x = 1\n") == "x = 1"
+  assert tag("<a>1</a><a> 2 </a>", "a") == "2"
+  assert tag("<A>cut off", "a") == "cut off" and tag("nothing", "a") is None
+  assert choice_letter("(B)", 2) == 1 and choice_letter("(C)", 2) is None

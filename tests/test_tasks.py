@@ -1,0 +1,477 @@
+"""Data sets: files, splits, grading (code in the real sandbox), statistics, the evaluator."""
+
+import asyncio
+import gzip
+import hashlib
+import http.server
+import itertools
+import json
+import math
+import pathlib
+import threading
+
+import numpy as np
+import pytest
+
+from awf.sandbox import Sandbox, SandboxConfig
+from awf.tasks import (
+  AIMEEvaluator,
+  DatasetEvaluator,
+  GSM8KEvaluator,
+  HumanEvalEvaluator,
+  NanoEvaluator,
+  TaskConfig,
+  WorkflowEvaluator,
+  download,
+  make_task,
+  stats,
+)
+from awf.tasks.code import find_solution
+from awf.tasks.humaneval import public_tests
+from awf.types import Grade, Problem, UserError
+
+SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+def write(path, rows, as_list=False):
+  text = json.dumps(rows, indent=1) if as_list else "".join(json.dumps(r) + "\n" for r in rows)
+  path.write_text(text)
+  return str(path)
+
+
+def aime_rows(count):
+  return [{"id": i, "problem": f"What is {i}?", "answer": f"{i:03d}"} for i in range(count)]
+
+
+def aime(path, **fields):
+  return AIMEEvaluator(TaskConfig("aime", path=path, **fields))
+
+
+def ids(problems):
+  return [problem.id for problem in problems]
+
+
+# ---- files ----
+
+
+def test_json_list_and_json_lines_read_alike(tmp_path):
+  rows = aime_rows(10)
+  lines = aime(write(tmp_path / "a.jsonl", rows)).load_dataset()
+  assert lines == aime(write(tmp_path / "b.json", rows, as_list=True)).load_dataset()
+  assert lines[7].answer == "7" and lines[7].prompt == "What is 7?"
+  (tmp_path / "c.jsonl").write_text("\ufeff" + (tmp_path / "a.jsonl").read_text() + "\n\n")
+  assert aime(str(tmp_path / "c.jsonl")).load_dataset() == lines
+
+
+def test_line_separators_inside_a_text_do_not_end_a_row(tmp_path):
+  path = tmp_path / "a.jsonl"
+  row = {"id": 1, "problem": "a\u2028b\x85c", "answer": 1}
+  path.write_text(json.dumps(row, ensure_ascii=False) + "\n")
+  assert aime(str(path)).load_dataset()[0].prompt == "a\u2028b\x85c"
+
+
+GOOD = '{"id": 0, "problem": "p", "answer": 1}'
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    (f"{GOOD}\n\n{{broken\n", "line 3, column 2: not JSON"),
+    (f"{GOOD}\n[1]\n", "line 2: expected a JSON object"),
+    (f'{GOOD}\n{{"id": 1, "answer": 3}}\n', "line 2: no field 'problem'"),
+    ('{"id": 1, "problem": "", "answer": 3}', "line 1: expected 'problem' to be a non-empty text"),
+    ('{"id": 1, "problem": "p", "answer": 1000}', "from 0 to 999"),
+    ('{"id": 1, "problem": "p", "answer": "1/2"}', "from 0 to 999"),
+    ('{"id": 1, "problem": "p", "answer": true}', "from 0 to 999"),
+    ('{"id": 1, "problem": "p"}', "from 0 to 999"),
+    ('{"id": [], "problem": "p", "answer": 1}', "expected 'id'"),
+    (f"{GOOD}\n{GOOD}\n", "problems 1 and 2 have the same id '0'"),
+    (f'[\n{GOOD},\n\n{{"id": 1,\n "problem": "p"}}]', "line 4: "),
+    (f"[{GOOD},\n]", "line 2, column 1: not JSON"),
+    ("", "no problem in"),
+    ("[" * 100_000, "nested too deeply"),
+    ('{"id": 0, "problem": "p", "answer": 1, "split": "all"}', "expected 'split' among"),
+    (b'{"id": 0}\n\xff\n', "line 2: expected UTF-8"),
+  ],
+)
+def test_malformed_files_are_named_with_their_line(tmp_path, text, message):
+  path = tmp_path / "a.json"
+  path.write_bytes(text if isinstance(text, bytes) else text.encode())
+  with pytest.raises(UserError, match="config.task.path") as error:
+    aime(str(path)).load_dataset()
+  assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_file_and_field_mistakes(tmp_path):
+  with pytest.raises(UserError, match="no such file"):
+    aime(str(tmp_path / "none.json")).load_dataset()
+  with pytest.raises(UserError, match="config.task.path"):
+    NanoEvaluator().load_dataset()
+  for fields in ({"limit": -1}, {"validation_share": 1.0}, {"test_path": "x"}):
+    with pytest.raises(UserError, match="config.task"):
+      TaskConfig("aime", **fields)
+
+
+# ---- splits ----
+
+
+def test_split_is_eighty_twenty_fixed_and_independent_of_order(tmp_path):
+  rows = aime_rows(30)
+  validation, test = aime(write(tmp_path / "a", rows)).split_dataset()
+  assert (len(validation), len(test)) == (24, 6)
+  again, other = aime(write(tmp_path / "b", rows[::-1])).split_dataset()
+  assert set(ids(again)) == set(ids(validation)) and set(ids(other)) == set(ids(test))
+  assert ids(test) == ["1", "7", "8", "11", "24", "25"]  # golden: seed 42
+  moved = aime(write(tmp_path / "c", rows), split_seed=1).split_dataset()[1]
+  assert set(ids(moved)) != set(ids(test))
+  assert len(aime(write(tmp_path / "d", rows), validation_share=0.5).split_dataset()[1]) == 15
+
+
+def test_equal_texts_never_stand_on_both_sides(tmp_path):
+  rows = [{"id": i, "problem": f"twin {i // 5}", "answer": 1} for i in range(30)]
+  for seed in range(8):
+    validation, test = aime(write(tmp_path / "a", rows), split_seed=seed).split_dataset()
+    assert not {p.prompt for p in validation} & {p.prompt for p in test}
+
+
+@pytest.mark.parametrize("limit", [2, 5, 8, 29, 30, 99])
+def test_a_limit_moves_no_problem_to_the_other_split(tmp_path, limit):
+  path = write(tmp_path / "a", aime_rows(30))
+  whole = [set(ids(part)) for part in aime(path).split_dataset()]
+  parts = aime(path, limit=limit).split_dataset()
+  assert sum(map(len, parts)) == min(limit, 30)
+  assert all(set(ids(part)) <= every for part, every in zip(parts, whole, strict=True))
+
+
+def test_a_data_set_that_comes_split_keeps_its_split(tmp_path):
+  rows = [
+    {**row, "split": "test" if i % 3 else "validation", "family": f"f{i % 2}"}
+    for i, row in enumerate(aime_rows(9))
+  ]
+  task = make_task({"name": "nano", "path": write(tmp_path / "a", rows)})
+  validation, test = task.split_dataset()
+  assert ids(validation) == ["0", "3", "6"] and len(test) == 6
+  assert [p.family for p in validation] == ["f0", "f1", "f0"]
+  two = aime(write(tmp_path / "v", aime_rows(3)), test_path=write(tmp_path / "t", rows[5:]))
+  assert [ids(part) for part in two.split_dataset()] == [["0", "1", "2"], ["5", "6", "7", "8"]]
+  with pytest.raises(UserError, match="have no split"):
+    aime(write(tmp_path / "m", rows[:3] + aime_rows(9)[5:])).split_dataset()
+
+
+def test_an_empty_split_is_a_mistake(tmp_path):
+  with pytest.raises(UserError, match="split of aime is empty"):
+    aime(write(tmp_path / "a", aime_rows(1))).split_dataset()
+  one_sided = [{**row, "split": "train"} for row in aime_rows(4)]
+  with pytest.raises(UserError, match="the test split"):
+    aime(write(tmp_path / "b", one_sided)).split_dataset()
+
+
+# ---- registry ----
+
+
+class WordTask(DatasetEvaluator):
+  """The smallest data set of a user's own."""
+
+  name, dataset, question_type = "words", "WORDS", "qa"
+
+  def to_problem(self, row, index):
+    return Problem(id=str(index), prompt=row["q"], answer=row["a"])
+
+  async def grade(self, problem, response):
+    correct = response.strip() == problem.answer
+    return Grade(float(correct), correct, response)
+
+
+def test_make_task(tmp_path):
+  path = write(tmp_path / "a", [{"q": f"q{i}", "a": "x"} for i in range(5)])
+  task = make_task({"name": f"{__name__}:WordTask", "path": path})
+  assert isinstance(task, WordTask) and len(task.split_dataset()[0]) == 4
+  for name, message in (
+    ("aimee", "aime, gsm8k, humaneval, nano"),
+    ("no.such.module:X", "cannot import"),
+    ("json:loads", "subclass of DatasetEvaluator"),
+    ("humaneval", "needs a sandbox"),
+  ):
+    with pytest.raises(UserError, match=message):
+      make_task({"name": name, "path": path})
+  with pytest.raises(UserError, match="pth"):
+    make_task({"name": "aime", "pth": path})
+
+
+def test_defaults_of_the_config_file_fit():
+  from configs.base import base_config
+
+  assert make_task(base_config().task).config.validation_share == 0.8
+
+
+# ---- download ----
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+  files = tmp_path / "www"
+  files.mkdir()
+  monkeypatch.setenv("AWF_CACHE", str(tmp_path / "cache"))
+
+  class Handler(http.server.SimpleHTTPRequestHandler):
+    def __init__(self, *args, **kwargs):
+      super().__init__(*args, directory=str(files), **kwargs)
+
+    def log_message(self, *args):
+      pass
+
+  web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+  thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.01})
+  thread.start()
+  yield f"http://127.0.0.1:{web.server_address[1]}", files
+  web.shutdown()
+  web.server_close()
+  thread.join()
+
+
+def test_download_checks_unpacks_and_caches(server):
+  url, files = server
+  raw = gzip.compress(GOOD.encode())
+  (files / "d.jsonl.gz").write_bytes(raw)
+  source = download.Source(f"{url}/d.jsonl.gz", hashlib.sha256(raw).hexdigest())
+  found = download.fetch(source)
+  assert found.read_text() == GOOD and found.suffix == ".jsonl"
+  (files / "d.jsonl.gz").unlink()
+  assert download.fetch(source) == found  # from the cache
+  (files / "d.jsonl.gz").write_bytes(raw + b"x")
+  with pytest.raises(UserError, match="sha256"):
+    download.fetch(download.Source(source.url, "0" * 64))
+  with pytest.raises(UserError, match="set config.task.path"):
+    download.fetch(download.Source(f"{url}/none", "0" * 64))
+
+
+def test_offline_is_said_clearly(monkeypatch, tmp_path):
+  monkeypatch.setenv("AWF_CACHE", str(tmp_path))
+  with pytest.raises(UserError, match="go online once"):
+    download.fetch(download.Source("http://127.0.0.1:9/x.jsonl", "0" * 64))
+  with pytest.raises(UserError, match="hf://datasets/OWNER/NAME/FILE"):
+    download.local_file("hf://models/x")
+  with pytest.raises(UserError, match="from the hub"):
+    download.local_file("hf://datasets/awf/none/data.jsonl")  # tests run with HF_HUB_OFFLINE
+
+
+# ---- graders ----
+
+
+def test_gsm8k_takes_the_number_behind_the_hashes(tmp_path):
+  rows = [{"question": f"q{i}", "answer": f"2+2=<<2+2=4>>4\n#### 1,{i:03d}"} for i in range(5)]
+  task = GSM8KEvaluator(TaskConfig("gsm8k", path=write(tmp_path / "a", rows)))
+  problem = task.load_dataset()[3]
+  assert problem.answer == "1,003" and "split" in problem.hidden
+  assert asyncio.run(task.grade(problem, "so $1003.00")).correct
+  assert not asyncio.run(task.grade(problem, "4")).correct
+  with pytest.raises(UserError, match="#### NUMBER"):
+    path = write(tmp_path / "b", [{"question": "q", "answer": "no number"}])
+    GSM8KEvaluator(TaskConfig("gsm8k", path=path)).load_dataset()
+
+
+ADD = {
+  "task_id": "T/0",
+  "entry_point": "add",
+  "prompt": 'def add(a, b):\n  """Adds.\n\n  >>> add(1, 2)\n  3\n  >>> print(1)\n  1\n  """\n',
+  "canonical_solution": "  return a + b\n",
+  "test": "def check(candidate):\n  assert candidate(1, 2) == 3\n"
+  "  assert candidate((1,), (2,)) == (1, 2), 'secret 12'\n",
+}
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+  config = SandboxConfig(workers=2, preload_numeric=False, cpu_seconds=2, wall_seconds=4)
+  with Sandbox(config) as made:
+    yield made
+
+
+@pytest.fixture(scope="module")
+def add_task(sandbox, tmp_path_factory):
+  path = write(tmp_path_factory.mktemp("h") / "a", [ADD, {**ADD, "task_id": "T/1"}])
+  return HumanEvalEvaluator(TaskConfig("humaneval", path=path), sandbox)
+
+
+@pytest.mark.parametrize(
+  "response, correct, reason",
+  [
+    ("```python\ndef add(a, b):\n  return a + b\n```", True, ""),
+    ("Text.\n```\ndef add(a, b):\n  return 0\n```\nBetter:\n```py\nadd = lambda a, b: a + b\n```", True, ""),
+    ("def add(a, b):\n  return a + b", True, ""),
+    ("  return a + b\n", True, ""),
+    ("```python\n  return a + b\n```", True, ""),
+    ("```python\ndef add(a, b):\n  return 3\n```", False, "wrong: a test failed: AssertionError"),
+    ("```python\ndef add(a, b):\n  return [*a, *b] if a != 1 else 3\n```", False, "wrong"),
+    ("```python\ndef add(a, b):\n  raise ValueError('x')\n```", False, "wrong"),
+    ("```python\ndef add(a, b):\n  while True: pass\n```", False, "timeout"),
+    ("", False, "wrong"),
+    ("I cannot do this.", False, "format"),
+    ("```python\ndef add(a, b): return a +\n```", False, "format"),
+    ("```python\nimport os\ndef add(a, b): return a + b\n```", False, "policy"),
+    (
+      "class Yes:\n  def __eq__(self, other): return True\n  __hash__ = None\n"
+      "def add(a, b): return Yes()",
+      False, "wrong",
+    ),
+    (
+      "class Int(int):\n  def __eq__(self, other): return True\n  __hash__ = None\n"
+      "def add(a, b): return Int(9)",
+      False, "wrong",
+    ),
+    (
+      "import sys\ndef add(a, b):\n  f = sys._getframe()\n  while f:\n    f.f_globals['check'] = "
+      "lambda c: None\n    f.f_locals['passed'] = True\n    f = f.f_back\n  return 0",
+      False, "wrong",
+    ),
+    ("import sys\ndef add(a, b): sys.exit(0)", False, ""),
+    ("raise SystemExit(0)\ndef add(a, b): pass", False, ""),
+  ],
+)  # fmt: skip
+def test_code_is_judged_where_it_cannot_reach_its_judge(add_task, response, correct, reason):
+  grade = asyncio.run(add_task.grade(add_task.load_dataset()[0], response))
+  assert grade.correct is correct and grade.score == float(correct)
+  assert grade.reason.startswith(reason) and "secret" not in grade.reason
+
+
+def test_many_gradings_at_once_do_not_wait_for_each_other(add_task):
+  problem = add_task.load_dataset()[0]
+  responses = [f"def add(a, b): return {'a + b' if i % 2 else 'None'}" for i in range(40)]
+
+  async def run():
+    return await asyncio.gather(*(add_task.grade(problem, r) for r in responses))
+
+  assert [g.correct for g in asyncio.run(run())] == [bool(i % 2) for i in range(40)]
+
+
+def test_a_dead_sandbox_is_nobodys_fault(tmp_path):
+  with Sandbox(SandboxConfig(workers=1, preload_numeric=False)) as made:
+    task = HumanEvalEvaluator(TaskConfig("humaneval", path=write(tmp_path / "a", [ADD])), made)
+    problem = task.to_problem(ADD, 0)
+  grade = asyncio.run(task.grade(problem, "def add(a, b): return a + b"))
+  assert math.isnan(grade.score) and grade.reason.startswith("infrastructure")
+
+
+def test_public_tests_come_from_the_docstring_alone():
+  assert public_tests(ADD["prompt"], "add") == ("assert add(1, 2) == 3",)
+  assert public_tests("def add(a, b):\n  pass", "add") == ()
+  assert public_tests("def broken(", "add") == ()
+
+
+def test_find_solution_prefers_the_last_fence_that_defines_it():
+  fences = "```python\ndef f(): return 1\n```\n```python\ndef g(): return 2\n```"
+  assert find_solution(fences, "", "f").strip() == "def f(): return 1"
+  assert find_solution("```python\nimport math\ndef f(): return 1", "", "f").endswith("return 1")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="public benchmark data is not beside the checkout")
+def test_public_data_sets(sandbox):
+  task = aime(str(SHARED / "aime24" / "data.json"))
+  assert [len(part) for part in task.split_dataset()] == [24, 6]
+  task = GSM8KEvaluator(TaskConfig("gsm8k", path=str(SHARED / "gsm8k" / "test_400.jsonl")))
+  for problem in task.load_dataset()[:50]:
+    assert asyncio.run(task.grade(problem, f"<answer>{problem.answer}</answer>")).correct
+  path = SHARED / "humaneval" / "HumanEval.jsonl"
+  task = HumanEvalEvaluator(TaskConfig("humaneval", path=str(path)), sandbox)
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  chosen = [rows[i] for i in (0, 32, 38, 50, 160)]  # helpers, floats, random inputs
+
+  async def run():
+    problems = [task.to_problem(row, 0) for row in chosen]
+    right = [f"```python\n{r['prompt']}{r['canonical_solution']}```" for r in chosen]
+    wrong = [f"```python\n{r['prompt']}    return None\n```" for r in chosen]
+    pairs = zip(problems * 2, right + wrong, strict=True)
+    return await asyncio.gather(*(task.grade(p, response) for p, response in pairs))
+
+  assert [g.correct for g in asyncio.run(run())] == [True] * 5 + [False] * 5
+
+
+# ---- evaluator ----
+
+
+def test_workflow_evaluator(tmp_path):
+  evaluator = WorkflowEvaluator(aime(write(tmp_path / "a", aime_rows(10))))
+  assert len(evaluator.problems) == 10 and len(evaluator.test) == 2
+  out = evaluator.evaluate_workflow_response("so <answer>4</answer>", "4")
+  assert out == {"problem_id": "4", "correct": True, "score": 1.0, "answer": "4", "reason": ""}
+  batch = asyncio.run(evaluator.evaluate_batch([(f"it is {i}", str(i % 3)) for i in range(6)]))
+  assert [row["correct"] for row in batch] == [True] * 3 + [False] * 3
+  assert [row["problem_id"] for row in batch] == ["0", "1", "2"] * 2
+  with pytest.raises(KeyError):
+    evaluator.evaluate_workflow_response("1", "none")
+  assert evaluator.pass_at_k({"0": [True, False], "1": [False, False]}, 1) == 0.25
+  first, second = ids(evaluator.test)
+  assert evaluator.solved_at_k([[first], []]) == 0.5
+  assert evaluator.solved_at_k([[first], [second, first]]) == 1.0
+
+
+# ---- statistics ----
+
+
+@pytest.mark.parametrize("n, c, k", [(4, 1, 2), (5, 2, 3), (6, 0, 2), (6, 6, 1), (5, 4, 5)])
+def test_pass_at_k_is_the_mean_over_all_subsets(n, c, k):
+  samples = [i < c for i in range(n)]
+  subsets = list(itertools.combinations(samples, k))
+  assert stats.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+def test_pass_at_k_of_large_n_and_refusals():
+  product = 1.0 - np.prod(1.0 - 100 / np.arange(1000 - 10 + 1, 1001))  # Chen et al., their code
+  assert stats.pass_at_k(1000, 10, 100) == pytest.approx(product, rel=1e-9)
+  for bad in ((4, 5, 1), (4, -1, 1), (4, 1, 5), (4, 1, 0)):
+    with pytest.raises(ValueError, match="expected|needs"):
+      stats.pass_at_k(*bad)
+
+
+def test_solved_at_k():
+  assert stats.solved_at_k([["a"], ["b"]], ["a", "b", "c", "d"]) == 0.5
+  assert stats.solved_at_k([], ["a"]) == 0.0
+  with pytest.raises(ValueError):
+    stats.solved_at_k([["x"]], ["a"])
+  with pytest.raises(ValueError):
+    stats.solved_at_k([], [])
+
+
+def test_bootstrap_covers_the_true_mean_and_repeats():
+  generator = np.random.default_rng(0)
+  hits = 0
+  for trial in range(100):
+    low, high = stats.bootstrap_interval(generator.random(60) < 0.3, n=300, seed=trial)
+    hits += low <= 0.3 <= high
+  assert 86 <= hits <= 100
+  values = generator.random(20)
+  assert stats.bootstrap_interval(values, seed=3) == stats.bootstrap_interval(values, seed=3)
+  assert stats.bootstrap_interval(values, seed=3) != stats.bootstrap_interval(values, seed=4)
+  assert stats.bootstrap_interval([0.5] * 9) == (0.5, 0.5)
+  assert stats.bootstrap_interval([0.25, math.nan]) == (0.25, 0.25)
+
+
+def test_grouped_values_give_a_wider_interval_than_pretended_independence():
+  generator = np.random.default_rng(1)
+  values = np.repeat(generator.random(12), 8)  # 8 equal samples of each of 12 problems
+  groups = np.repeat(np.arange(12), 8).tolist()
+  apart, together = (stats.bootstrap_interval(values, g) for g in (None, groups))
+  assert together[1] - together[0] > 2 * (apart[1] - apart[0])
+  each = stats.bootstrap_interval(values[::8])
+  assert together == pytest.approx(each)
+
+
+def test_paired_bootstrap_removes_what_parents_share():
+  level = np.random.default_rng(2).random(30)
+  before = {str(i): [level[i], level[i] + 0.1] for i in range(30)}
+  after = {str(i): [level[i] + 0.1, level[i] + 0.2, math.nan] for i in range(30)}
+  gain, low, high = stats.paired_bootstrap(before, after)
+  assert (gain, low, high) == pytest.approx((0.1, 0.1, 0.1))
+  assert stats.paired_bootstrap(after, before)[0] == pytest.approx(-0.1)
+  with pytest.raises(ValueError, match="same parents"):
+    stats.paired_bootstrap(before, {})
+  with pytest.raises(ValueError, match="needs"):
+    stats.paired_bootstrap({"a": [math.nan]}, {"a": [1.0]})
+
+
+@pytest.mark.parametrize(
+  "arguments", [{"n": 0}, {"level": 1.0}, {"groups": [1]}, {"values": []}, {"values": [math.nan]}]
+)
+def test_bootstrap_refuses(arguments):
+  with pytest.raises(ValueError):
+    stats.bootstrap_interval(**{"values": [0.0, 1.0], **arguments})

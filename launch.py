@@ -28,6 +28,10 @@ class _Terminated(KeyboardInterrupt):
   """SIGTERM: handled like Ctrl-C, so that a pre-empted run ends in order."""
 
 
+class _Fault(Exception):
+  """A mode failed by a fault of the program; the traceback is logged already."""
+
+
 def main(argv: Sequence[str]) -> int:
   """Runs one command; returns the exit code."""
   if "--help" in argv or "-h" in argv or "--helpfull" in argv:
@@ -45,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
   except UserError as e:
     print("error: " + " ".join(str(e).split()), file=sys.stderr)
     return 2
+  except _Fault:
+    return 1
   except KeyboardInterrupt as e:
     _say_interrupted(command, argv)
     return 143 if isinstance(e, _Terminated) else 130
@@ -68,7 +74,7 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
       raise
     except Exception:
       log.exception("%s failed", command.mode)  # run.log keeps the traceback
-      raise SystemExit(1) from None
+      raise _Fault from None
     result.setdefault("mode", command.mode)
     if mode.owns_workdir:
       result.setdefault("workdir", str(workdir))

@@ -54,7 +54,7 @@ class Checkpointer:
     return sorted(self._manager.all_steps())
 
   def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> None:
-    """Writes a checkpoint; it is there in full or not at all. A checkpoint of that step is replaced.
+    """Writes a checkpoint, in full or not at all; an earlier one of that step is replaced.
 
     Args:
       step: 0 or more; the highest is the newest.
@@ -131,7 +131,8 @@ class Checkpointer:
     if self._base_hash and saved and saved != self._base_hash:
       raise UserError(
         f"checkpoint {step} in {self.directory} was trained on another base model "
-        f"(hash {saved[:12]}, expected {self._base_hash[:12]}); change config.model.path or --workdir"
+        f"(hash {saved[:12]}, expected {self._base_hash[:12]}); "
+        "change config.model.path or --workdir"
       )
     differing = sorted(
       name

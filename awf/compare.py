@@ -1,4 +1,6 @@
-"""The policy before and after training: its proposals for held-out parents, scored on held-out problems."""
+"""The policy before and after training: its proposals for held-out parents, scored on held-out
+problems.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ COLLAPSE_SAMPLES = 64  # proposals for the seed workflow whose different program
 class Proposals:
   """Scores of a policy's proposals; JSON-able.
 
-  `scores` has one list per parent: the proposed workflow's mean score on the held-out problems, 0 when it is not
-  valid, NaN when the infrastructure failed. `valid` has the same shape.
+  `scores` has one list per parent: the proposed workflow's mean score on the held-out problems, 0
+  when it is not valid, NaN when the infrastructure failed. `valid` has the same shape.
   """
 
   scores: dict[str, list[float]]
@@ -50,9 +52,7 @@ class Proposals:
     return float(np.mean(chosen)) if chosen else math.nan
 
   def pairs(self) -> list[tuple[float, bool]]:
-    return [
-      (s, v) for p in self.scores for s, v in zip(self.scores[p], self.valid[p], strict=True)
-    ]
+    return [(s, v) for p in self.scores for s, v in zip(self.scores[p], self.valid[p], strict=True)]
 
 
 async def score_proposals(system: System) -> Proposals:
@@ -87,7 +87,9 @@ async def score_proposals(system: System) -> Proposals:
 
 
 async def count_programs(system: System) -> int:
-  """Different canonical programs among 64 proposals for the seed workflow; a collapse shows here."""
+  """Different canonical programs among 64 proposals for the seed workflow; a collapse shows
+  here.
+  """
   score = await mean_score(system, system.seed_source)
   texts = await _replies(system, system.seed_source, score, COLLAPSE_SAMPLES, -1)
   checked = [check(system, system.seed_source, text) for text in texts]

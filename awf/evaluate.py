@@ -36,8 +36,12 @@ def run_eval(config: ConfigDict, workdir: Any) -> dict[str, Any]:
   best = read_best(workdir)
   with System(config, workdir) as system:
     kind = system.task.question_type
-    contenders = {"seed": system.seed_source, "plain": plain_call(kind),
-                  "self_consistency": self_consistency(kind, max(2, config.eval.samples))}  # fmt: skip
+    contenders = {
+      "seed": system.seed_source,
+      "plain": plain_call(kind),
+      # fmt: skip
+      "self_consistency": self_consistency(kind, max(2, config.eval.samples)),
+    }
     if best is not None:
       contenders = {"best": best, **contenders}
     else:
@@ -69,13 +73,17 @@ def test_problems(system: System) -> tuple[Problem, ...]:
 
 
 async def evaluate(
-  system: System, contenders: Mapping[str, WorkflowSource], problems: Sequence[Problem], samples: int
+  system: System,
+  contenders: Mapping[str, WorkflowSource],
+  problems: Sequence[Problem],
+  samples: int,
 ) -> dict[str, dict[str, Any]]:
   """Runs every contender `samples` times on every problem, all in flight together.
 
   Returns:
-    For each contender: score (mean over problems and samples), interval (95 %, problems resampled), pass_at_k,
-    families (mean by family), calls per problem. Infrastructure failures are left out.
+    For each contender: score (mean over problems and samples), interval (95 %, problems
+    resampled), pass_at_k, families (mean by family), calls per problem. Infrastructure failures
+    are left out.
   """
 
   async def one(source: WorkflowSource, problem: Problem, repeat: int) -> tuple[float, int]:
@@ -97,7 +105,9 @@ async def evaluate(
   return rows
 
 
-def _figures(score_QS: np.ndarray, problems: Sequence[Problem], config: ConfigDict) -> dict[str, Any]:
+def _figures(
+  score_QS: np.ndarray, problems: Sequence[Problem], config: ConfigDict
+) -> dict[str, Any]:
   groups = [p.id for p in problems for _ in range(score_QS.shape[1])]
   flat = score_QS.reshape(-1)
   if not np.isfinite(flat).any():
@@ -158,7 +168,9 @@ def self_consistency(question_type: str, votes: int) -> WorkflowSource:
 
 
 def write_best(workdir: Any, source: WorkflowSource, about: Mapping[str, Any]) -> Path:
-  """Keeps the best workflow where people and `eval` find it: DIR/best/{graph,prompt}.py and best.json."""
+  """Keeps the best workflow where people and `eval` find it: DIR/best/{graph,prompt}.py and
+  best.json.
+  """
   folder = Path(workdir / "best")
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "graph.py").write_text(source.graph + "\n", encoding="utf-8")

@@ -105,9 +105,9 @@ class QwenPolicy:
 
   def set_lora(self, lora: Lora | None) -> None:
     """Puts an adapter in place for requests submitted from now on; None leaves the base alone."""
-    self.lora = lora
-    self._scaled = None if lora is None else scaled(lora, self.lora_config)
-    self.engine.set_adapters(None if lora is None else stack_adapters([self._scaled]))
+    own = None if lora is None else scaled(lora, self.lora_config)
+    self.lora, self._scaled = lora, own
+    self.engine.set_adapters(None if own is None else stack_adapters([own]))
 
   def prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
     """Ids of a chat up to the assistant's turn."""

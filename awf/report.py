@@ -289,7 +289,11 @@ def _drawing(tree: Tree, best: Node | None) -> str:
   left_out = max(0, len(shown) - MAX_DRAWN)
   if left_out:
     ranked = sorted(shown, key=lambda node: (-node.score, node.id))[:MAX_DRAWN]
-    keep = {step.id for node in ranked for step in _lineage(tree, node)}
+    keep: set[int] = set()
+    for node in ranked:
+      while node.id not in keep:
+        keep.add(node.id)
+        node = tree.nodes.get(node.parent, node)
     shown = [node for node in shown if node.id in keep]
   failed = collections.Counter(node.parent for node in tree.nodes.values() if node.failure)
   drawing = parts.tree_drawing(

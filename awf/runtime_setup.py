@@ -43,7 +43,7 @@ def setup_jax() -> None:
   import jax  # not before the sandbox's zygote has started
 
   directory = cache_dir()
-  if directory is None or jax.config.jax_compilation_cache_dir:
+  if directory is None or jax.config.jax_compilation_cache_dir:  # pyright: ignore
     return
   try:
     directory.mkdir(parents=True, exist_ok=True)

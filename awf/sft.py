@@ -77,9 +77,7 @@ def run_sft(config: ConfigDict, workdir: Any) -> dict[str, Any]:
 
     start = time.perf_counter()
     rows = itertools.islice(batches(packed, sft.batch, config.seed), done, None)
-    trainer.train(
-      rows, sft.steps - done, lambda n, values: report(done + n, values), sft.log_every
-    )
+    trainer.train(rows, sft.steps - done, lambda n, values: report(done + n, values), sft.log_every)
   checkpoints.close()
   saved = _save(config, workdir, trainer, model_config, tokenizer, lora_config)
   return {

@@ -1,6 +1,7 @@
 """Mesh from the config, and parameter-name -> PartitionSpec rules.
 
-The mesh has three axes: `data` splits rows, `fsdp` splits rows and weights, `tensor` splits heads and features.
+The mesh has three axes: `data` splits rows, `fsdp` splits rows and weights, `tensor` splits heads
+and features.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from awf.types import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# First match wins. Kernels are [in, out]; LoRA a is [in, R], b is [R, out], stacked adapters lead with A.
+# First match wins. Kernels are [in, out]; LoRA a is [in, R], b is [R, out], stacked adapters lead
+# with A.
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"embed/embedding$", ("tensor", "fsdp")),
   (r"lm_head/kernel$", ("fsdp", "tensor")),

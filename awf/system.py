@@ -1,4 +1,6 @@
-"""What a run needs, built in the one right order: sandbox, JAX, model, data set, workflow runner."""
+"""What a run needs, built in the one right order: sandbox, JAX, model, data set, workflow
+runner.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,9 @@ from ml_collections import ConfigDict
 
 from awf.sandbox import Sandbox, SandboxConfig
 from awf.types import Problem, SamplingParams, UserError, WorkflowSource, stable_hash
+from awf.workflow.contract import PRELOAD, seed_source
 
 log = logging.getLogger("awf")
-
-RUNTIME = "awf.workflow.runtime"  # preloaded in the sandbox's zygote
 
 
 class System:
@@ -26,13 +27,14 @@ class System:
     task: the data set.
     validation, test: its problems; test is for evaluation alone.
     search_problems: validation problems that the search may use.
-    held_out: validation problems kept for the comparison before/after, never searched or trained on.
+    held_out: validation problems kept for the comparison before/after, never searched or trained
+      on.
     seed_source: the workflow that the search starts from.
   """
 
   def __init__(self, config: ConfigDict, workdir: Any):
     self.config, self.workdir = config, workdir
-    self.sandbox = Sandbox(SandboxConfig(**config.sandbox), preload=(RUNTIME,))
+    self.sandbox = Sandbox(SandboxConfig(**config.sandbox), preload=PRELOAD)
     try:
       self._build()
     except BaseException:
@@ -45,7 +47,6 @@ class System:
     from awf.runtime_setup import setup_jax
     from awf.sharding import make_mesh
     from awf.tasks import make_task
-    from awf.workflow.contract import seed_source
 
     config = self.config
     self.task = make_task(config.task, self.sandbox)

@@ -1,7 +1,9 @@
-"""Modes train and search: for each epoch, for each episode, rounds of search, and GRPO on what they found.
+"""Modes train and search: for each epoch, for each episode, rounds of search, and GRPO on what
+they found.
 
-Everything that a step needs to be repeated exactly is in its checkpoint: LoRA, optimiser, step and key as arrays;
-search, counters and the comparison before training as JSON. A round is the unit: an interrupt loses at most one.
+Everything that a step needs to be repeated exactly is in its checkpoint: LoRA, optimiser, step and
+key as arrays; search, counters and the comparison before training as JSON. A round is the unit: an
+interrupt loses at most one.
 """
 
 from __future__ import annotations
@@ -330,7 +332,9 @@ class Loop:
     self.metrics.truncate(self.progress.step)
     log.info("resumed after round %d of %d", self.progress.step, self.total_rounds)
     if not self.config.sampler.strict:
-      log.info("config.sampler.strict is off: this run agrees with an uninterrupted one statistically")
+      log.info(
+        "config.sampler.strict is off: this run agrees with an uninterrupted one statistically"
+      )
 
   def _state(self):
     """The arrays of a checkpoint; search mode has none of its own but keeps the format."""

@@ -1,8 +1,9 @@
 """Data types and protocols that all parts share, and the axis legend.
 
-Axis legend. An array carries its axes as a suffix (`tokens_BT`), einsum strings use the same letters:
-B rows, T query positions, S key positions, V vocabulary, D width, N query heads, K key/value heads, H head size,
-F feed-forward, L layers, R LoRA rank, A adapters, Q prompts, G samples per prompt, M tree nodes.
+Axis legend. An array carries its axes as a suffix (`tokens_BT`), einsum strings use the same
+letters: B rows, T query positions, S key positions, V vocabulary, D width, N query heads, K
+key/value heads, H head size, F feed-forward, L layers, R LoRA rank, A adapters, Q prompts, G
+samples per prompt, M tree nodes.
 
 This module is imported inside the sandbox's child: it must stay free of JAX and NumPy.
 """
@@ -20,12 +21,16 @@ FailureKind = Literal["format", "policy", "timeout", "memory", "crash", "wrong",
 
 
 class UserError(ValueError):
-  """A mistake of the user: one line that says what was wrong, what was expected and which field to change."""
+  """A mistake of the user: one line that says what was wrong, what was expected and which field to
+  change.
+  """
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-  """Why a piece of model-written text or code did not count; `infrastructure` is never the model's fault."""
+  """Why a piece of model-written text or code did not count; `infrastructure` is never the model's
+  fault.
+  """
 
   kind: FailureKind
   message: str
@@ -37,7 +42,9 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """One problem of a data set. `answer` and `hidden` stay in the parent process, never in prompt or sandbox."""
+  """One problem of a data set. `answer` and `hidden` stay in the parent process, never in prompt
+  or sandbox.
+  """
 
   id: str
   prompt: str  # the text that a workflow receives as its first argument
@@ -71,11 +78,14 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """One sampled completion. The stop token, when one was drawn, is the last id and has its log-prob."""
+  """One sampled completion. The stop token, when one was drawn, is the last id and has its
+  log-prob.
+  """
 
   prompt_ids: tuple[int, ...]
   token_ids: tuple[int, ...]
-  logprobs: tuple[float, ...]  # under the distribution that was drawn from (temperature, top-k, top-p applied)
+  # under the distribution that was drawn from (temperature, top-k, top-p applied)
+  logprobs: tuple[float, ...]
   text: str  # without the stop token
   finish_reason: Literal["stop", "length", "refused"]  # refused: the prompt does not fit
 
@@ -125,6 +135,8 @@ class Rollout:
 
 
 def stable_hash(*parts: Any) -> int:
-  """A 63-bit hash of JSON-able parts, equal in every process and run; the source of all request keys."""
+  """A 63-bit hash of JSON-able parts, equal in every process and run; the source of all request
+  keys.
+  """
   text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
   return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

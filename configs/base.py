@@ -19,7 +19,8 @@ def base_config() -> ConfigDict:
       compute_dtype="auto",  # auto = float32 on CPU, bfloat16 elsewhere
       quant="none",  # none
       tokenizer="",  # directory or .model file; "" = the checkpoint's own
-      # Only for a model made from nothing (mode sft, empty path): fields of awf.qwen.config.QwenConfig.
+      # Only for a model made from nothing (mode sft, empty path): fields of
+      # awf.qwen.config.QwenConfig.
       architecture=ConfigDict(
         dict(
           family="qwen2",
@@ -159,7 +160,8 @@ def base_config() -> ConfigDict:
       parents="",  # JSON lines {graph, prompt}: held-out parents of the before/after comparison
       parent_count=0,  # 0 = no before/after comparison
       proposals_per_parent=8,
-      parent_problems=16,  # problems that score these proposals; from the validation split, never trained on
+      # problems that score these proposals; from the validation split, never trained on
+      parent_problems=16,
       bootstrap=2000,
     )
   )

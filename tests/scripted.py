@@ -41,7 +41,7 @@ def script(*replies):
 
 def new_sandbox():
   """A sandbox with small budgets that runs workflows."""
-  config = SandboxConfig(cpu_seconds=2.0, max_calls=20, preload_numeric=False)
+  config = SandboxConfig(cpu_seconds=1.0, wall_seconds=10.0, max_calls=20, preload_numeric=False)
   return Sandbox(config, preload=contract.PRELOAD)
 
 

@@ -24,28 +24,32 @@ PROBLEMS = tuple(
 class Executor:
   """A weak adder: right in a third of its answers, always right when it is asked for steps.
 
-  `jitter` answers in a random order, as a busy sampler does; `broken`: prompts that raise.
+  `jitter` answers in a random order, as a busy sampler does; `broken`: prompts that raise;
+  `by_text`: luck depends on the prompt alone, not on the request's key.
   """
 
-  def __init__(self, jitter: random.Random | None = None, broken: str = "", wrong: bool = False):
+  def __init__(
+    self,
+    jitter: random.Random | None = None,
+    broken: str = "",
+    wrong: bool = False,
+    by_text: bool = False,
+  ):
     self.jitter, self.broken, self.wrong = jitter, broken, wrong
-    self.running = self.most_running = 0
+    self.by_text = by_text
     self.asked: list[str] = []
     self.on_call: Callable[[int], None] = lambda count: None
 
   async def complete(self, messages, sampling, key, adapter=0):
     text = messages[-1]["content"]
     self.asked.append(text)
-    self.running += 1
-    self.most_running = max(self.most_running, self.running)
     for _ in range(self.jitter.randrange(40) if self.jitter else 3):
       await asyncio.sleep(0)
-    self.running -= 1
     self.on_call(len(self.asked))
     if self.broken and self.broken in text:
       raise ConnectionError("the model is gone")
     a, b = map(int, re.search(r"(\d+) \+ (\d+)", text).groups())
-    luck = random.Random(key).random() < 0.33
+    luck = random.Random(text if self.by_text else key).random() < 0.33
     right = ("steps" in text or luck) and not self.wrong and "Be silent" not in text
     answer = "" if "Say nothing" in text else f"<answer>{a + b if right else a}</answer>"
     return Completion((1, 2, 3), (4, 5), (-0.1, -0.2), answer, "stop")

@@ -41,7 +41,7 @@ def leaf_bytes(state):
 
 
 def damage(directory, step):
-  """Cuts every array file of a checkpoint to half, as a full disk or a copy in progress leaves it."""
+  """Cuts every array file of a checkpoint to half, as a full disk or a broken copy leaves it."""
   files = [p for p in (directory / str(step) / "state").rglob("*") if p.is_file()]
   big = [p for p in files if p.stat().st_size > 200 and "metadata" not in p.name.lower()]
   assert big

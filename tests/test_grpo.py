@@ -148,7 +148,7 @@ def test_head_loss_gradient_is_that_of_whole_logits():
   key = jax.random.split(jax.random.key(0), 3)
   kernel, hidden = jax.random.normal(key[0], (8, 11)), jax.random.normal(key[1], (2, 10, 8))
   data = {"t": jax.random.randint(key[2], (2, 10), 0, 11), "w": jnp.arange(20.0).reshape(2, 10)}
-  data["w"] = jnp.where(jnp.arange(10) < 7, data["w"], 0.0)
+  data["w"] = jnp.where(jnp.arange(10)[None] < 7, data["w"], 0.0)
 
   def fn(logits, d, scale):
     logp, entropy = logp_and_entropy(logits, d["t"])

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny_checkpoint import random_params
 
 from awf.qwen import hf, peft
 from awf.qwen.config import QwenConfig
 from awf.qwen.lora import LoRAConfig, init_lora
-from awf.qwen.model import init_params
 from awf.sharding import make_mesh
 from awf.types import UserError
 
@@ -37,12 +37,6 @@ CONFIGS = {
   "qwen2 untied": make_config(),
   "qwen3": make_config(family="qwen3", head_dim=8),
 }
-
-
-def random_params(config, seed=0):
-  shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), shapes)
 
 
 def assert_equal_trees(a, b):

@@ -174,7 +174,7 @@ def test_run_report_gives_the_json_line(tmp_path):
 
 
 def test_a_long_chain_and_a_large_forest(tmp_path):
-  chain = [node(i, i - 1, i / 3000) for i in range(1, 1500)]
+  chain = [node(i, i - 1, i / 700) for i in range(1, 320)]
   write_run(tmp_path, chain)
   Page(write_report(tmp_path).read_text())
   many = {i: 0 for i in range(1, 400)}

@@ -128,10 +128,10 @@ def test_no_fallback_earns_a_reward(sandbox, tmp_path):
 
 
 def test_only_fully_validated_children_become_parents(sandbox, tmp_path):
-  search = make_search(sandbox, tmp_path, scripted(), full_top=1)
+  search = make_search(sandbox, tmp_path, scripted(), full_top=1, problems=PROBLEMS[:6])
   results = run_rounds(search, 4)
   selectable = search.tree.selectable()
-  assert all(set(n.scores) == {p.id for p in PROBLEMS} for n in selectable)
+  assert all(set(n.scores) == {p.id for p in PROBLEMS[:6]} for n in selectable)
   assert len(selectable) <= 1 + 4
   valid = {n.id for n in selectable}
   assert {r["parent"] for result in results for r in result.records} <= valid
@@ -152,18 +152,17 @@ def test_children_are_evaluated_at_once(sandbox, tmp_path):
   executor = Executor()
   texts = [reply(f"Edit {i}.", workflow(f"Work in steps {i}.")) for i in range(4)]
   search = make_search(sandbox, tmp_path, in_order(texts), executor, full_top=0)
-  runner = Counter()
   run = search._trials._runner.run
-  most = 0
+  now = most = 0
 
   async def counted(source, problem):
-    nonlocal most
-    runner["now"] += 1
-    most = max(most, runner["now"])
+    nonlocal now, most
+    now += 1
+    most = max(most, now)
     try:
       return await run(source, problem)
     finally:
-      runner["now"] -= 1
+      now -= 1
 
   search._trials._runner.run = counted
   run_rounds(search, 1)
@@ -208,8 +207,13 @@ def test_resume_equals_an_uninterrupted_search(sandbox, tmp_path):
 
 
 def test_an_interrupt_changes_nothing(sandbox, tmp_path):
-  executor = Executor()
-  search = make_search(sandbox, tmp_path / "a", scripted(), executor)
+
+  async def fresh_edits(messages, n, key):
+    texts = [reply(f"Edit {i}.", workflow(f"Work in steps, {i + key}.")) for i in range(n)]
+    return await in_order(texts)(messages, n, key)
+
+  executor, fields = Executor(), {"problems": PROBLEMS[:5], "parents": 1}
+  search = make_search(sandbox, tmp_path / "a", fresh_edits, executor, **fields)
   run_rounds(search, 1)
   before = json.dumps(search.state_dict())
   files = sorted(p for p in tmp_path.rglob("*"))
@@ -227,7 +231,7 @@ def test_an_interrupt_changes_nothing(sandbox, tmp_path):
   assert sorted(p for p in tmp_path.rglob("*")) == files
   executor.on_call = lambda count: None
   run_rounds(search, 1)
-  straight = make_search(sandbox, tmp_path / "b", scripted())
+  straight = make_search(sandbox, tmp_path / "b", fresh_edits, **fields)
   run_rounds(straight, 2)
   assert search.state_dict() == straight.state_dict()
 
@@ -245,7 +249,7 @@ def test_a_state_of_another_search_is_refused(sandbox, tmp_path):
 
 SECRETS = tuple(
   Problem(id=f"s{i}", prompt=f"What is {i} + {i}? Colour {i}.", answer=str(700 + 17 * i))
-  for i in range(1, 10)
+  for i in range(1, 7)
 )
 
 
@@ -278,7 +282,7 @@ def test_a_memorising_policy_gains_nothing(sandbox, tmp_path, style):
   search = make_search(
     sandbox, tmp_path, memoriser(seen), Executor(wrong=True), problems=SECRETS, prompt=style, logs=5
   )
-  results = run_rounds(search, 3)
+  results = run_rounds(search, 2)
   assert seen and all("Question: " in text for text in seen)  # failures were shown
   for problem in SECRETS:
     assert not any(problem.answer in text for text in seen)
@@ -340,7 +344,9 @@ def test_what_does_not_fit_the_context_is_no_reward(sandbox, tmp_path):
 
 
 def test_uct_search_expands_where_scores_are_high(sandbox, tmp_path):
-  search = make_search(sandbox, tmp_path, scripted(), selection="uct", uct_c=0.3)
+  search = make_search(
+    sandbox, tmp_path, scripted(), selection="uct", uct_c=0.3, problems=PROBLEMS[:6]
+  )
   run_rounds(search, 4)
   best = search.best()
   assert best.score == 1.0 and best.expansions >= 1
@@ -374,8 +380,9 @@ def test_start_files_are_checked_line_by_line(tmp_path):
 
 
 def test_golden_tree(sandbox, tmp_path):
-  """The whole tree of three rounds. After a wanted change, the file gets the printed tree."""
-  search = make_search(sandbox, tmp_path, scripted(), seed=11)
+  """The whole tree of a search. After a wanted change, the file gets the printed tree."""
+  executor = Executor(by_text=True)
+  search = make_search(sandbox, tmp_path, scripted(), executor, seed=11, problems=PROBLEMS[:8])
   run_rounds(search, 3)
   tree = [
     {

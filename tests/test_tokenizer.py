@@ -1,16 +1,14 @@
 """Tokenizers: exact round trips, no special ids from text, chat templates."""
 
-import io
 import json
 import random
 
 import pytest
+from tiny_checkpoint import SPECIAL, train_fast, train_sentencepiece
 
-from awf.qwen.tokenizer import CHATML_TEMPLATE, load_tokenizer
+from awf.qwen.tokenizer import load_tokenizer
 from awf.types import UserError
 
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-WORDS = "the cat has 12 apples ; solve def return <answer> </answer> x = y + 3 Workflow".split()
 TEXTS = [
   "",
   " ",
@@ -26,65 +24,6 @@ TEXTS = [
   "nul \0 byte",
   "\ue0000\ue000",
 ]
-
-
-def corpus(n=600):
-  rng = random.Random(0)
-  return [" ".join(rng.choice(WORDS) for _ in range(10)) + "\n" for _ in range(n)]
-
-
-def train_sentencepiece(path, **changes):
-  import sentencepiece
-
-  model = io.BytesIO()
-  options = dict(
-    vocab_size=340,
-    model_type="bpe",
-    byte_fallback=True,
-    add_dummy_prefix=False,
-    remove_extra_whitespaces=False,
-    normalization_rule_name="identity",
-    hard_vocab_limit=False,
-    user_defined_symbols=list(SPECIAL),
-    bos_id=-1,
-    eos_id=-1,
-    pad_id=-1,
-    unk_id=0,
-    minloglevel=2,
-    num_threads=1,
-  )
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(corpus()), model_writer=model, **{**options, **changes}
-  )
-  path.write_bytes(model.getvalue())
-  return path
-
-
-def train_fast(folder, template=CHATML_TEMPLATE):
-  """A byte-level BPE tokenizer with Qwen's special tokens, saved as a checkpoint has it."""
-  import tokenizers
-  import transformers
-
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=330,
-    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    special_tokens=list(SPECIAL),
-    show_progress=False,
-  )
-  tokenizer.train_from_iterator(corpus(), trainer)
-  fast = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer,
-    eos_token="<|im_end|>",
-    pad_token="<|endoftext|>",
-    additional_special_tokens=["<|im_start|>"],
-    clean_up_tokenization_spaces=False,
-  )
-  fast.chat_template = template
-  fast.save_pretrained(str(folder))
-  return folder
 
 
 @pytest.fixture(scope="module")

@@ -87,9 +87,8 @@ def test_other_imports_are_a_policy_failure(sandbox, line):
 
 def test_code_workflows_get_the_entry_point_and_livecodebench_the_id(sandbox):
   problem = Problem("q/7", "Add.", entry_point="add")
-  three = source(
-    "return entry_point + question_id, 0.0", "", "", "problem, entry_point, question_id"
-  )
+  body = "return entry_point + question_id, 0.0"
+  three = source(body, "", "problem, entry_point, question_id")
   result = run(sandbox, script(""), three, problem, kind="code", dataset="LiveCodeBench")
   assert result.answer == "addq/7"
   seed = contract.seed_source("code")

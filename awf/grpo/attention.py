@@ -1,8 +1,9 @@
-"""Attention over packed tokens: several sequences in a row, completions that share one copy of their prompt.
+"""Attention over packed tokens: several sequences in a row, completions that share their prompt.
 
-Each token carries two ids. `segments` names its own sequence; `parents` names one more sequence that it may see: for
-a token of a completion, its prompt; else the same as `segments`. Token t sees token s when s is not after t in the row
-and s's segment is t's segment or t's parent. Id 0 is padding, whose outputs are finite and meaningless.
+Each token carries two ids. `segments` names its own sequence; `parents` names one more that it may
+see: for a token of a completion, its prompt; else the same as `segments`. Token t sees token s when
+s is not after t in the row and s's segment is t's segment or t's parent. Id 0 is padding, whose
+outputs are finite and meaningless.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ BLOCK = 64  # tokens per block of queries and keys in block_attend; measured bes
 
 
 def prefers_blocks(mesh: Mesh | None) -> bool:
-  """Whether `block_attend` serves: one CPU device (its loops are short there, and it has no batch to shard)."""
+  """Whether `block_attend` serves: on one CPU device (it has no batch to shard)."""
   if mesh is None:
     return jax.default_backend() == "cpu"
   return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def dense_attend(segments_BT: jax.Array, parents_BT: jax.Array, block: int = 128) -> Attend:
-  """Query blocks against all keys up to the block's end; any backend, any sharding of rows and heads."""
+  """Query blocks against all keys up to the block's end; any backend, any sharding."""
   t = segments_BT.shape[1]
   index_T = jnp.arange(t)
 
@@ -53,7 +54,7 @@ def dense_attend(segments_BT: jax.Array, parents_BT: jax.Array, block: int = 128
 
 
 class _Blocks(NamedTuple):
-  """Which key blocks each of the I query blocks looks at, and the ids that make the masks; X tokens per block."""
+  """Key blocks that each of I query blocks looks at, and the ids of the masks; X tokens a block."""
 
   keys_IJ: jax.Array  # int32, visible key blocks first, ascending
   count_I: jax.Array  # int32, how many of them are visible
@@ -62,10 +63,12 @@ class _Blocks(NamedTuple):
 
 
 def block_attend(segments_T: jax.Array, parents_T: jax.Array, block: int = BLOCK) -> Attend:
-  """Attention of one row (B = 1) that visits visible blocks only; the number visited is not part of the shape.
+  """Attention of one row (B = 1) that visits visible blocks only; how many is no part of the shape.
 
-  For CPUs: its work follows the lengths of the sequences, whatever their arrangement, and one program serves all.
-  The softmax is accumulated block by block and recomputed in the backward pass (FlashAttention, arXiv:2205.14135).
+  For CPUs: its work follows the lengths of the sequences, whatever their arrangement, and one
+  program serves all. The softmax is accumulated block by block and recomputed in the backward pass.
+
+  Source: FlashAttention, arXiv:2205.14135, algorithms 1 and 4.
   """
   t = segments_T.shape[0]
   pad = -t % block
@@ -109,7 +112,7 @@ def _scores(q, k, i, j, segments_X, parents_X, blocks):
   bias = jnp.where(is_visible, 0.0, NEG_INF)
   scores = jnp.einsum("kmh,kxh->kmx", q, k).astype(jnp.float32)
   shape = scores.shape
-  return (scores.reshape(shape[0], -1, x, x) + bias).reshape(shape)
+  return (scores.reshape(shape[0], -1, x, x) + bias[None, None]).reshape(shape)
 
 
 @jax.custom_vjp

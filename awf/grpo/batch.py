@@ -50,7 +50,7 @@ class _Bin:
 
 
 def bin_size(rollouts: Sequence[Rollout], at_least: int) -> int:
-  """Tokens per bin: enough for the longest prompt and completion; `at_least`, then x 1.5, x 2, ..."""
+  """Tokens per bin: enough for the longest row; `at_least`, or that grown by halves."""
   need = max((len(r.prompt_ids) + len(r.token_ids) for r in rollouts), default=0)
   size = -(-at_least // _GRAIN) * _GRAIN
   while size < need:

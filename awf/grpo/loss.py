@@ -43,7 +43,7 @@ def weighted_nll(
     kernel_DV: head weights.
     hidden_nD: final hidden states, one per position.
     target_n: int32 ids in [0, V).
-    weight_n: float32; positions with weight 0 cost time but add nothing. No gradient is given for it.
+    weight_n: float32; positions with weight 0 cost time but add nothing. It gets no gradient.
     is_head_trained: False gives the kernel a zero gradient and saves its matmul.
     chunk: positions whose logits exist at a time.
   """
@@ -197,7 +197,9 @@ def logp_and_entropy(logits_xV: jax.Array, target_x: jax.Array) -> tuple[jax.Arr
   exp = jnp.exp(shifted)
   norm = jnp.sum(exp, axis=-1)
   # A select and a sum, not a gather: its gradient is no scatter.
-  is_target = jnp.arange(logits_xV.shape[-1]) == target_x[..., None]
+  is_target = target_x[..., None] == jax.lax.broadcasted_iota(
+    jnp.int32, logits_xV.shape, logits_xV.ndim - 1
+  )
   chosen = jnp.sum(jnp.where(is_target, shifted, 0.0), axis=-1)
   log_norm = jnp.log(norm)
   return chosen - log_norm, log_norm - jnp.sum(exp * shifted, axis=-1) / norm

@@ -50,7 +50,7 @@ class SFTTrainer:
 
   Args:
     model_config: architecture and compute dtype.
-    params: base parameters; with weights="all" they are copied, trained and found again in `params`.
+    params: base parameters; with weights="all" a copy is trained, found in `self.params`.
     optim: optimiser settings.
     mesh: rows go over its data and fsdp axes; None is a single device.
     weights: "all" or "lora".
@@ -109,9 +109,10 @@ class SFTTrainer:
     return self.state.weights
 
   def step(self, batch: Batch) -> dict[str, jax.Array]:
-    """One optimiser step on a packed batch (`pack_examples`); returns loss, grad_norm, learning_rate, tokens.
+    """One optimiser step on a packed batch (`pack_examples`).
 
-    The values are device scalars: reading one waits for the step.
+    Returns:
+      loss, grad_norm, learning_rate and tokens as device scalars: reading one waits for the step.
     """
     batch, num_micro = self._micro(batch)
     self.state, metrics = self._step(self.state, self._base, batch, num_micro)
@@ -129,7 +130,10 @@ class SFTTrainer:
     callback: Callable[[int, dict[str, float]], None] | None = None,
     log_every: int = 20,
   ) -> dict[str, float]:
-    """Takes up to `steps` batches; calls back with (steps done, metrics) every `log_every` and at the end."""
+    """Takes up to `steps` batches; returns the last metrics.
+
+    `callback(steps done, metrics)` is called every `log_every` steps and at the end.
+    """
     done, metrics = 0, {}
     for batch in rows:
       if done == steps:
@@ -220,7 +224,7 @@ class SFTTrainer:
 
 
 def batches(packed: Batch, rows: int, seed: int = 0) -> Iterable[Batch]:
-  """Endless batches of `rows` packed rows; a new seeded order each epoch, the remainder of an epoch left out.
+  """Endless batches of `rows` packed rows, in a new seeded order each epoch, remainders left out.
 
   Raises:
     UserError: fewer packed rows than one batch.

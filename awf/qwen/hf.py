@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from awf.qwen.config import QwenConfig
-from awf.qwen.lora import target_shapes
+from awf.qwen.lora import parent_module, target_shapes
 from awf.sharding import spec_for
 from awf.types import UserError
 
@@ -29,7 +29,6 @@ _FLOAT_CODES = ("F32", "BF16", "F16")
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a constant that old checkpoints carried along
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "tokenizer.model", "*.jinja")
-_MLP = ("gate_proj", "up_proj", "down_proj")
 _SIZES = (
   "vocab_size",
   "hidden_size",
@@ -167,14 +166,15 @@ def _refusals(raw: Mapping[str, Any], family: str) -> list[str]:
 def checkpoint_layout(config: QwenConfig) -> dict[tuple[str, ...], _Tensor]:
   """Our parameter path -> tensor of a Hugging Face checkpoint, in file order."""
   c, d = config, config.hidden_size
-  layout = {("embed", "embedding"): _Tensor("model.embed_tokens.weight", (c.vocab_size, d))}
+  layout: dict[tuple[str, ...], _Tensor] = {}
+  layout["embed", "embedding"] = _Tensor("model.embed_tokens.weight", (c.vocab_size, d))
   norms = {"input_layernorm": d, "post_attention_layernorm": d}
   if c.qk_norm:
     norms |= {"self_attn.q_norm": c.head_dim, "self_attn.k_norm": c.head_dim}
   for i in range(c.num_hidden_layers):
     ours, theirs = f"layers_{i}", f"model.layers.{i}"
     for name, shape in target_shapes(c).items():
-      prefix = f"{theirs}.{'mlp' if name in _MLP else 'self_attn'}.{name}"
+      prefix = f"{theirs}.{parent_module(name)}.{name}"
       layout[ours, name, "kernel"] = _Tensor(f"{prefix}.weight", shape, True)
       if c.qkv_bias and name in ("q_proj", "k_proj", "v_proj"):
         layout[ours, name, "bias"] = _Tensor(f"{prefix}.bias", shape[1:])
@@ -210,12 +210,9 @@ def load_params(
   with _Reader(folder) as reader:
     problems = _compare(layout, reader, config.tie_word_embeddings)
     if problems:
-      more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-      raise UserError(
-        f"config.model.path: the weights in {folder} do not fit its config.json: "
-        + "; ".join(problems[:20])
-        + more
-      )
+      more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+      text = "; ".join(problems[:20] + more)
+      raise UserError(f"config.model.path: {folder} does not fit its config.json: {text}")
     params: dict[str, Any] = {}
     for where, tensor in layout.items():
       array = reader.read(tensor.name)

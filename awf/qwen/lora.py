@@ -63,6 +63,11 @@ def target_shapes(config: QwenConfig) -> dict[str, tuple[int, int]]:
   }
 
 
+def parent_module(target: str) -> str:
+  """Name of the Hugging Face module that holds a projection."""
+  return "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+
+
 def init_lora(base: QwenConfig | dict[str, Any], lora_config: LoRAConfig, key: jax.Array) -> Lora:
   """A new adapter that changes nothing yet: `a` uniform in +-1/sqrt(in), `b` zero.
 

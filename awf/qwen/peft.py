@@ -14,16 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from awf.qwen.config import QwenConfig
-from awf.qwen.lora import TARGETS, Lora, LoRAConfig, target_shapes
+from awf.qwen.lora import TARGETS, Lora, LoRAConfig, parent_module, target_shapes
 from awf.types import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def _stored_name(layer: int, target: str, side: str) -> str:
-  part = "mlp" if target in _MLP else "self_attn"
-  return f"base_model.model.model.layers.{layer}.{part}.{target}.lora_{side}.weight"
+  module = f"layers.{layer}.{parent_module(target)}.{target}"
+  return f"base_model.model.model.{module}.lora_{side}.weight"
 
 
 def save_adapter(

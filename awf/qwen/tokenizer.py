@@ -208,7 +208,7 @@ class HuggingFaceTokenizer(Tokenizer):
       if file.is_file():
         eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         ids |= set(eos) if isinstance(eos, list) else {eos}
-    return tuple(sorted(i for i in ids if i is not None))
+    return tuple(sorted(i for i in ids if i is not None and i < self.vocab_size))
 
   def encode(self, text: str, allow_special: bool = False) -> list[int]:
     text = text.encode("utf-8", "replace").decode()

@@ -1,4 +1,6 @@
-"""The compact proposal prompt: the node alone, no lengthy rules; what the nano model is trained on."""
+"""The compact proposal prompt: the node alone, no lengthy rules; what the nano model is trained
+on.
+"""
 
 from __future__ import annotations
 

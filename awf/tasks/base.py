@@ -153,7 +153,9 @@ class DatasetEvaluator(abc.ABC):
   def _problem(self, row: Any, line: int, file: pathlib.Path, split: str, index: int) -> Problem:
     where = f"{file}, line {line}"
     if not isinstance(row, dict):
-      raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
+      raise UserError(
+        f"{where}: expected a JSON object, got {type(row).__name__} (config.task.path)"
+      )
     try:
       problem = self.to_problem(row, index)
     except ValueError as error:
@@ -164,7 +166,10 @@ class DatasetEvaluator(abc.ABC):
     if not own:
       return problem
     if not isinstance(own, str) or own not in _SPLIT_NAMES:
-      raise UserError(f"{where}: expected 'split' among {sorted(_SPLIT_NAMES)}, got {own!r}")
+      raise UserError(
+        f"{where}: expected 'split' among {sorted(_SPLIT_NAMES)}, got {str(own)[:40]!r} "
+        "(config.task.path)"
+      )
     return dataclasses.replace(problem, hidden={**problem.hidden, "split": _SPLIT_NAMES[own]})
 
   def _assign(self, problems: list[Problem]) -> list[Problem]:

@@ -1,19 +1,17 @@
-"""Grades code in two jails: the solution never shares a process with the tests that judge it."""
+"""Finds the code in a response and has it judged by tests, in processes that share nothing."""
 
 from __future__ import annotations
 
 import ast
-import asyncio
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from awf.types import Failure, stable_hash
 
 if TYPE_CHECKING:
   from awf.sandbox import Sandbox
 
-MAX_CALLS = 2_000  # calls of the solution by one set of tests
-MAX_REASON_CHARS = 200
+MAX_REASON_CHARS = 80
 _FENCE = re.compile(
   r"^[ \t]*```[ \t]*([\w+-]*)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE
 )
@@ -51,104 +49,38 @@ def find_solution(response: str, prompt: str, entry_point: str) -> str:
   return prompt + "\n" + (fences[-1] if fences else response)
 
 
-class TestRunner:
-  """Runs tests in one job and the solution in another; plain values cross, through this process.
+async def judge(
+  sandbox: Sandbox, solution: str, tests: str, entry_point: str, prelude: str = ""
+) -> Failure | None:
+  """Runs tests against a solution in jails of their own.
 
   Args:
-    sandbox: where both jobs run.
+    sandbox: where both run.
+    solution: untrusted source that defines `entry_point`.
+    tests: source that asserts about `candidate`, or defines `check(candidate)`.
+    entry_point: name of the function under test.
+    prelude: trusted helpers that the tests use.
+
+  Returns:
+    None when all tests pass, else why not. The message never quotes a test or an expected value;
+    kind "infrastructure" means that nobody knows, after two tries.
   """
+  from awf.sandbox import Job
 
-  __test__ = False  # no test class, whatever its name looks like
-
-  def __init__(self, sandbox: Sandbox):
-    self.sandbox = sandbox
-    # A pair waits for itself: half of the children must stay free for its second job.
-    self._pairs = max(1, sandbox.config.max_children // 4)
-    self._slots: dict[int, asyncio.Semaphore] = {}
-
-  async def run(
-    self, solution: str, tests: str, entry_point: str, prelude: str = ""
-  ) -> Failure | None:
-    """Returns None when all tests pass, else why not (kind "infrastructure": nobody knows).
-
-    Args:
-      solution: untrusted source that defines `entry_point`.
-      tests: source that asserts about `candidate`, or defines `check(candidate)`.
-      entry_point: name of the function under test.
-      prelude: trusted helpers that the tests use.
-    """
-    loop = asyncio.get_running_loop()
-    slots = self._slots.setdefault(id(loop), asyncio.Semaphore(self._pairs))
-    async with slots:
-      failure = await self._pair(solution, tests, entry_point, prelude)
-      if failure is not None and failure.kind == "infrastructure":
-        failure = await self._pair(solution, tests, entry_point, prelude)
-    return failure
-
-  async def _pair(
-    self, solution: str, tests: str, entry_point: str, prelude: str
-  ) -> Failure | None:
-    from awf.sandbox import CallError, Job, Limits
-
-    requests: asyncio.Queue[list[Any] | None] = asyncio.Queue()
-    answers: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    fault: list[Failure] = []  # of the solution's job
-
-    async def serve(method: str, answer: Any) -> Any:
-      if method != "next":
-        raise CallError("policy", "unknown call")
-      if answer is not None:
-        answers.put_nowait(_checked(answer))
-      return await requests.get()
-
-    async def ask(method: str, request: Any) -> Any:
-      if method != "candidate":
-        raise CallError("policy", "unknown call")
-      arguments, named = request
-      if named:
-        raise CallError("format", "tests may pass positional arguments only")
-      if not fault:
-        requests.put_nowait(arguments)
-      return await answers.get()
-
-    seed = stable_hash("tests", entry_point, tests)
-    limits = Limits(max_calls=MAX_CALLS)
-    server = Job(
-      "awf.sandbox.program:serve_function",
-      {"source": solution, "function": entry_point}, seed, limits,
-    )  # fmt: skip
-    judge = Job(
-      "awf.sandbox.program:run_tests",
-      {"tests": tests, "entry_point": entry_point, "prelude": prelude}, seed, limits,
-    )  # fmt: skip
-
-    async def run_server() -> None:
-      result = await self.sandbox.run(server, serve)
-      fault.append(result.failure or Failure("wrong", "the solution ended before its tests"))
-      for _ in range(MAX_CALLS):  # whatever the tests still ask has one answer
-        answers.put_nowait({"error": "the solution does not run"})
-
-    serving = asyncio.ensure_future(run_server())
-    try:
-      verdict = await self.sandbox.run(judge, ask)
-      broken = fault[0] if fault else None
-    finally:
-      requests.put_nowait(None)
-      serving.cancel()
-      await asyncio.gather(serving, return_exceptions=True)
-    if broken is not None:
-      return broken
-    if verdict.failure is not None:
-      return verdict.failure
-    if type(verdict.value) is dict and verdict.value.get("passed") is True:
-      return None
-    error = verdict.value.get("error", "") if type(verdict.value) is dict else ""
-    return Failure("wrong", f"a test failed: {str(error).split(':')[0][:MAX_REASON_CHARS]}")
-
-
-def _checked(answer: Any) -> dict[str, Any]:
-  """An answer of the solution's job in the form that the tests' job expects."""
-  if type(answer) is dict and "value" in answer:
-    return {"value": answer["value"]}
-  error = answer.get("error") if type(answer) is dict else None
-  return {"error": error[:MAX_REASON_CHARS] if type(error) is str else "no answer"}
+  payload = {
+    "solution": solution,
+    "tests": tests,
+    "entry_point": entry_point,
+    "prelude": prelude,
+  }
+  job = Job("awf.sandbox.program:run_tests", payload, stable_hash("tests", entry_point, tests))
+  result = await sandbox.run(job)
+  if result.failure is not None and result.failure.kind == "infrastructure":
+    result = await sandbox.run(job)
+  if result.failure is not None:
+    return result.failure
+  verdict = result.value if type(result.value) is dict else {}
+  if verdict.get("passed") is True:
+    return None
+  kind = str(verdict.get("error", "")).partition(":")[0]
+  return Failure("wrong", f"a test failed: {kind[:MAX_REASON_CHARS]}")

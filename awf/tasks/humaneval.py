@@ -7,8 +7,8 @@ import doctest
 from collections.abc import Mapping
 from typing import Any
 
-from awf.tasks.base import DatasetEvaluator, TaskConfig, id_field, text_field
-from awf.tasks.code import TestRunner, find_solution
+from awf.tasks.base import DatasetEvaluator, id_field, text_field
+from awf.tasks.code import find_solution, judge
 from awf.tasks.download import Source
 from awf.types import Grade, Problem
 
@@ -31,10 +31,6 @@ class HumanEvalEvaluator(DatasetEvaluator):
     )
   }
 
-  def __init__(self, config: TaskConfig | None = None, sandbox: Any = None):
-    super().__init__(config, sandbox)
-    self._tests = TestRunner(sandbox)
-
   def to_problem(self, row: Mapping[str, Any], index: int) -> Problem:
     prompt, entry_point = text_field(row, "prompt"), text_field(row, "entry_point")
     if not entry_point.isidentifier():
@@ -48,14 +44,16 @@ class HumanEvalEvaluator(DatasetEvaluator):
       hidden={
         "test": text_field(row, "test"),
         # Some tests call helpers that the prompt defines beside the function.
-        "prelude": prompt + (reference if isinstance(reference, str) else "    pass\n"),
+        "prelude": prompt + reference if isinstance(reference, str) else _with_body(prompt),
       },
     )
 
   async def grade(self, problem: Problem, response: str) -> Grade:
     solution = find_solution(response[-MAX_CODE_CHARS:], problem.prompt, problem.entry_point)
-    failure = await self._tests.run(
-      solution, problem.hidden["test"], problem.entry_point, problem.hidden["prelude"]
+    assert self.sandbox is not None
+    hidden = problem.hidden
+    failure = await judge(
+      self.sandbox, solution, hidden["test"], problem.entry_point, hidden["prelude"]
     )
     shown = solution[:2000]
     if failure is None:
@@ -67,10 +65,10 @@ class HumanEvalEvaluator(DatasetEvaluator):
 def public_tests(prompt: str, entry_point: str) -> tuple[str, ...]:
   """Assertions made of the examples in the function's docstring, which the prompt shows anyway."""
   try:
-    module = ast.parse(prompt + "\n    pass\n")
-  except SyntaxError:
+    body = ast.parse(_with_body(prompt)).body
+  except (SyntaxError, ValueError):
     return ()
-  functions = [node for node in module.body if isinstance(node, ast.FunctionDef)]
+  functions = [node for node in body if isinstance(node, ast.FunctionDef)]
   docstrings = [ast.get_docstring(node) for node in functions if node.name == entry_point]
   tests = []
   for docstring in filter(None, docstrings):
@@ -83,6 +81,11 @@ def public_tests(prompt: str, entry_point: str) -> tuple[str, ...]:
       if f"{entry_point}(" in call and _is_expression(call) and _is_literal(expected):
         tests.append(f"assert {call} == {expected}")
   return tuple(tests)
+
+
+def _with_body(prompt: str) -> str:
+  """A prompt that parses: a docstring is a body, a lone signature needs one."""
+  return prompt if prompt.rstrip().endswith(('"""', "'''")) else prompt + "\n    pass\n"
 
 
 def _is_expression(text: str) -> bool:

@@ -1,5 +1,5 @@
-"""Prompt texts of the operators. Changing one changes what every workflow costs and, for the nano model, what it was
-trained on (data/nano/corpus.py uses these very functions)."""
+"""Prompt texts of the operators. Changing one changes what every workflow costs and, for the nano
+model, what it was trained on (data/nano/corpus.py uses these very functions)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar
 
 from awf.sandbox import CallError, Job, JobResult, Sandbox
 from awf.sandbox.frames import json_fault
@@ -336,7 +336,7 @@ def _source_fault(source: WorkflowSource) -> str:
   return ""
 
 
-def _are_messages(messages: Any) -> bool:
+def _are_messages(messages: Any) -> TypeGuard[list[dict[str, str]]]:
   """Whether a child's messages are what a model client sends: a user's, maybe after a system's."""
   if type(messages) is not list or len(messages) not in (1, 2):
     return False

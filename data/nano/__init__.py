@@ -1,1 +1,3 @@
-"""The nano model's world: problem families, proposal texts, and the commands that build and train on them."""
+"""The nano model's world: problem families, proposal texts, and the commands that build and train
+on them.
+"""

@@ -1,8 +1,9 @@
-"""Builds what the nano model is made from: `python -m data.nano.build [--out=DIR] [--examples=N]`.
+"""Builds what the nano model is made from: `python -m data.nano.build [--phase=N] [--out=DIR]`.
 
-Writes into DIR (default runs/nano_data): tokenizer.model and sft.jsonl (the training text); and, with --ship, into
-data/nano: problems.jsonl (validation and test problems), starts.jsonl and parents.jsonl (start workflows for the
-search, and other held-out parents for the comparison before/after). All of it is a function of the seeds below.
+Writes into DIR (default runs/nano_data): tokenizer.model and phase<N>.jsonl (the training text);
+and, with --ship, into data/nano: problems.jsonl (validation and test problems), starts.jsonl and
+parents.jsonl (start workflows for the search, and other held-out parents for the comparison
+before/after). All of it is a function of the seeds below.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ def write_lines(path: pathlib.Path, rows: Iterable[dict]) -> int:
 
 def ship(folder: pathlib.Path) -> None:
   """Writes the problems and workflows that the project ships."""
-  sets = families.problem_sets()
+  sets = corpus.problem_sets()
   write_lines(
     folder / "problems.jsonl",
     (
-      {"id": f"{item.family}-{split}-{i}", "problem": item.question, "answer": str(item.answer),
+      {"id": f"{item.family}-{split}-{i % families.SIZES[split]}", "problem": item.question, "answer": str(item.answer),
        "family": item.family, "split": split}
       for split in ("validation", "test") for i, item in enumerate(sets[split])
     ),
@@ -79,19 +80,20 @@ def ship(folder: pathlib.Path) -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/nano_data"))
-  parser.add_argument("--examples", type=int, default=150_000)
+  parser.add_argument("--phase", type=int, default=1, choices=sorted(corpus.PHASES))
   parser.add_argument("--ship", action="store_true")
   args = parser.parse_args()
   if args.ship:
     ship(HERE)
     return
   args.out.mkdir(parents=True, exist_ok=True)
-  pairs = corpus.make_corpus(args.examples)
+  pairs = corpus.make_corpus(args.phase)
   first = list(itertools.islice(pairs, 5000))
-  train_tokenizer(first, args.out / "tokenizer")
+  if args.phase == 1:
+    train_tokenizer(first, args.out / "tokenizer")
+  path = args.out / f"phase{args.phase}.jsonl"
   rows = ({"prompt": p, "response": r} for p, r in itertools.chain(first, pairs))
-  count = write_lines(args.out / "sft.jsonl", rows)
-  print(json.dumps({"examples": count, "path": str(args.out / "sft.jsonl")}))
+  print(json.dumps({"examples": write_lines(path, rows), "path": str(path)}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Measures the nano model for its card: `python -m data.nano.card [--model=DIR] [--problems=110] [--markdown]`.
+"""Measures the nano model for its card: `python -m data.nano.card [--model=DIR] [--problems=110]
+[--markdown]`.
 
-Fresh problems (the reserved "card" set), the operators' own prompts, temperature 1. Prints a table and one JSON line.
+Fresh problems (the reserved "card" set), the operators' own prompts, temperature 1. Prints a table
+and one JSON line.
 """
 
 from __future__ import annotations
@@ -14,11 +16,19 @@ import re
 
 from awf.sandbox import Job, Sandbox, SandboxConfig
 from awf.types import SamplingParams, WorkflowSource, stable_hash
-from data.nano import families, proposals
+from data.nano import corpus, families, proposals
 
 HERE = pathlib.Path(__file__).parent
 VOTES = 5
-METHODS = ("terse", "steps", "careful", "vote", "program", "program_then_steps", "program_then_vote")
+METHODS = (
+  "terse",
+  "steps",
+  "careful",
+  "vote",
+  "program",
+  "program_then_steps",
+  "program_then_vote",
+)
 
 
 def answer_of(text: str) -> str | None:
@@ -45,7 +55,9 @@ async def measure_problems(policy, sandbox: Sandbox, items: list[families.Item])
 
   async def one(item: families.Item) -> dict[str, bool]:
     async def call(kind: str, i: int) -> str | None:
-      phrase = proposals.INSTRUCTIONS[kind][i % len(proposals.INSTRUCTIONS[kind])] + "\n" if kind else ""
+      phrase = (
+        proposals.INSTRUCTIONS[kind][i % len(proposals.INSTRUCTIONS[kind])] + "\n" if kind else ""
+      )
       return answer_of(await ask(phrase + item.question, kind, i, item.question))
 
     async def run_program() -> str | None:
@@ -53,7 +65,10 @@ async def measure_problems(policy, sandbox: Sandbox, items: list[families.Item])
       code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
       if code is None:
         return None
-      job = Job("awf.sandbox.program:run_program", {"source": code.group(1), "function": "solve", "args": []})
+      job = Job(
+        "awf.sandbox.program:run_program",
+        {"source": code.group(1), "function": "solve", "args": []},
+      )
       value = (await sandbox.run(job)).value
       return str(value["value"]) if value and value["value"] is not None else None
 
@@ -106,7 +121,9 @@ async def measure_proposals(policy, parents: list[WorkflowSource], per_parent: i
       before, after = proposals.read_state(parent), proposals.read_state(edit.source)
       read += after is not None
       agree += (
-        after is not None and before is not None and proposals.agrees(edit.modification, before, after)
+        after is not None
+        and before is not None
+        and proposals.agrees(edit.modification, before, after)
       )
     distinct.append(len(programs))
   return {
@@ -130,8 +147,10 @@ def main() -> None:
     config = get_config()
     config.model.path = str(args.model)
     policy = QwenPolicy.from_config(config)
-    items = families.problem_sets()["card"]
-    items = [i for f in families.FAMILIES for i in [x for x in items if x.family == f][: args.problems]]
+    items = corpus.problem_sets()["card"]
+    items = [
+      i for f in families.FAMILIES for i in [x for x in items if x.family == f][: args.problems]
+    ]
     table = asyncio.run(measure_problems(policy, sandbox, items))
     names = [*families.FAMILIES, "all"]
     print(f"| method | {' | '.join(names)} |\n|---|{'---|' * len(names)}")

@@ -1,11 +1,13 @@
 """The nano model's training text: executor calls in the operators' own prompts, and proposals.
 
-`make_corpus(tokens)` yields (prompt messages, response) pairs in a fixed order for a seed. No reserved problem
-(`families.problem_sets`) occurs in it, whatever its phrasing.
+`make_corpus(phase)` yields (user message, reply) pairs, a function of the phase alone. No reserved
+problem (`problem_sets`) occurs in it, whatever its phrasing.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import random
 from collections.abc import Iterator
 
@@ -15,9 +17,28 @@ from awf.workflow import prompts
 from data.nano import families, proposals
 from data.nano.families import FAMILIES, Item, make_slip
 
-SLIP = {"steps": 0.16, "careful": 0.11}  # probability of a slip in each line of a worked solution
-POLICY_SHARE = 0.25  # share of examples that are proposals (about 39 % of the tokens)
-SPLITS_HELD_OUT = ("validation", "test", "card")
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """One phase of the cold start: seed, numbers, shares of the kinds of examples, slips."""
+
+  seed: int
+  wide: bool  # larger numbers
+  policy: float  # share of examples that are proposals
+  custom: float  # shares of the other examples; the rest are ties of ScEnsemble
+  program: float
+  drill: float
+  steps_slip: float  # probability of a slip in each line of a worked solution
+  careful_slip: float  # the same when care was asked for
+
+
+# Phase 1 learns to read, to copy and to write programs and proposals; phase 2 learns to calculate,
+# with the numbers of the shipped problems.
+PHASES = {
+  1: Phase(1, True, 0.25, 0.62, 0.36, 0.0, 0.16, 0.11),
+  2: Phase(2, False, 0.15, 0.46, 0.17, 0.35, 0.12, 0.07),
+}
+EXAMPLES = 150_000  # of a phase
 
 
 def terse(item: Item) -> str:
@@ -34,33 +55,33 @@ def program(item: Item) -> str:
   return f"```python\ndef solve():\n{body}\n```"
 
 
-def instructed(item: Item, r: random.Random, kind: str) -> str:
+def instructed(item: Item, r: random.Random, kind: str, phase: Phase) -> str:
   """What the executor answers to an instruction of this kind; "" is no instruction."""
-  if kind in SLIP:
-    return worked(item, r, SLIP[kind])
-  return terse(item)
+  if kind == "steps":
+    return worked(item, r, phase.steps_slip)
+  return worked(item, r, phase.careful_slip) if kind == "careful" else terse(item)
 
 
-def custom_example(item: Item, r: random.Random) -> tuple[str, str]:
+def custom_example(item: Item, r: random.Random, phase: Phase) -> tuple[str, str]:
   """One Custom call: an instruction of a random kind, and sometimes a draft in the input."""
   kind = r.choice(("", "steps", "steps", "steps", "steps", "careful", "careful", "short", "role"))
   text = item.question
   instruction = r.choice(proposals.INSTRUCTIONS[kind]) + "\n" if kind else ""
   if r.random() < 0.12:
     draft_kind = r.choice(("", "steps", "careful"))
-    text += "\nDraft: " + instructed(item, r, draft_kind)
+    text += "\nDraft: " + instructed(item, r, draft_kind, phase)
     check = r.choice(proposals.CHECK)
     steps = "Give the final" not in check and "Compare" not in check
     return prompts.custom(check + "\n", text), (
-      worked(item, r, SLIP["steps"]) if steps else terse(item)
+      worked(item, r, phase.steps_slip) if steps else terse(item)
     )
-  return prompts.custom(instruction, text), instructed(item, r, kind)
+  return prompts.custom(instruction, text), instructed(item, r, kind, phase)
 
 
-def program_example(item: Item, r: random.Random) -> tuple[str, str]:
+def program_example(item: Item, r: random.Random, phase: Phase) -> tuple[str, str]:
   analysis, feedback = "None", ""
   if r.random() < 0.2:
-    analysis = instructed(item, r, r.choice(("", "steps", "careful", "short")))
+    analysis = instructed(item, r, r.choice(("", "steps", "careful", "short")), phase)
   if r.random() < 0.05:
     feedback = r.choice(
       ("SyntaxError: invalid syntax", "NameError: name 'b' is not defined", "no code")
@@ -68,12 +89,29 @@ def program_example(item: Item, r: random.Random) -> tuple[str, str]:
   return prompts.programmer(item.question, analysis, feedback), program(item)
 
 
+def drill_example(item: Item, r: random.Random, phase: Phase) -> tuple[str, str]:
+  """Single lines of worked solutions, all right, in any order: arithmetic without a story."""
+  lines = list(item.work(lambda value: value)[0])
+  while len(lines) < 8:
+    other = r.choice(list(FAMILIES.values()))(r, phase.wide)
+    lines += other.work(lambda value: value)[0]
+  r.shuffle(lines)
+  lines = [line.split(": ")[-1] for line in lines[:8]]
+  asked = "\n".join(line.split("=")[0] for line in lines)
+  return "Compute each line.\n" + asked, "\n".join(lines)
+
+
 def ensemble_example(item: Item, r: random.Random) -> tuple[str, str]:
-  """A tie: the model names one letter, and learns no rule to prefer one (it cannot tell them apart)."""
+  """A tie: the model names one letter, and learns no rule to prefer one (it cannot tell them
+  apart).
+  """
   solutions = [worked(item, r, 0.3) for _ in range(r.randint(2, 5))]
   letter = chr(65 + r.randrange(len(solutions)))
   text = prompts.sc_ensemble(solutions, item.question)
-  return text, f"<thought>It agrees with most.</thought>\n<solution_letter>{letter}</solution_letter>"
+  return (
+    text,
+    f"<thought>It agrees with most.</thought>\n<solution_letter>{letter}</solution_letter>",
+  )
 
 
 def plausible_score(s: proposals.State, r: random.Random) -> float:
@@ -103,28 +141,66 @@ def proposal_example(r: random.Random) -> tuple[str, str]:
   return proposal_prompt(state, r), proposals.reply(text, proposals.render(child))
 
 
-def make_corpus(examples: int, seed: int = 1) -> Iterator[tuple[str, str]]:
+def make_corpus(phase: int, examples: int = EXAMPLES) -> Iterator[tuple[str, str]]:
   """Yields (user message, reply) pairs."""
-  r = random.Random(seed)
-  sets = families.problem_sets()
-  reserved = {(i.family, i.key) for name in SPLITS_HELD_OUT for i in sets[name]}
+  for _, pair in _make(phase, examples):
+    yield pair
+
+
+def _make(phase: int, examples: int) -> Iterator[tuple[Item | None, tuple[str, str]]]:
+  """Pairs with the problem that each is about (None for a proposal)."""
+  chosen = PHASES[phase]
+  r = random.Random(chosen.seed)
+  reserved = reserved_keys(phase)
   makers = list(FAMILIES.values())
   made = 0
   while made < examples:
-    if r.random() < POLICY_SHARE:
-      yield proposal_example(r)
+    if r.random() < chosen.policy:
+      yield None, proposal_example(r)
     else:
-      item = r.choice(makers)(r)
+      item = r.choice(makers)(r, chosen.wide)
       if (item.family, item.key) in reserved:
         continue
       draw = r.random()
-      if draw < 0.62:
-        yield custom_example(item, r)
-      elif draw < 0.98:
-        yield program_example(item, r)
+      if draw < chosen.custom:
+        yield item, custom_example(item, r, chosen)
+      elif draw < chosen.custom + chosen.program:
+        yield item, program_example(item, r, chosen)
+      elif draw < chosen.custom + chosen.program + chosen.drill:
+        yield item, drill_example(item, r, chosen)
       else:
-        yield ensemble_example(item, r)
+        yield item, ensemble_example(item, r)
     made += 1
+
+
+@functools.cache
+def reserved_keys(phase: int) -> frozenset[tuple]:
+  """(family, key) of the problems that a phase must not meet."""
+  sets = problem_sets(phase)
+  return frozenset((i.family, i.key) for items in sets.values() for i in items)
+
+
+@functools.cache
+def problem_sets(phase: int = 2) -> dict[str, list[Item]]:
+  """The reserved problems of a phase; those of phase 2 are the shipped ones, new to phase 1 as
+  well.
+
+  `power` and `squares` have few problems, all but the reserved ones met in phase 1: there phase 2
+  keeps them.
+  """
+  first = families.problem_sets(wide=True)
+  if phase == 1:
+    return first
+  seen = frozenset((i.family, i.key) for i, _ in _make(1, EXAMPLES) if i is not None)
+  second = families.problem_sets(
+    seed=12, seen={key for key in seen if key[0] not in ("power", "squares")}
+  )
+  same = ("power", "squares")
+  return {
+    name: [i for i in first[name] if i.family in same]
+    + [i for i in second[name] if i.family not in same]
+    for name in first
+  }
 
 
 def held_out_parents(count: int, seed: int) -> list[WorkflowSource]:

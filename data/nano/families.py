@@ -1,15 +1,16 @@
 """Word problems with integer answers from 0 to 999, in nine families.
 
-Each family is a function from a random generator to an `Item`. Six families suit programs; three need facts
-(`legs`, `units`) or a reading of number words (`words`) that no program in the training text has. Worked solutions can
-carry random slips, so that single calls err independently and a vote over several helps.
+Each family is a function from a random generator to an `Item`; `wide` draws larger numbers (first
+phase of training). Six families suit programs; three need facts (`legs`, `units`) or a reading of
+number words (`words`) that no program in the training text has. Worked solutions can carry random
+slips, so that single calls err independently and a vote over several helps.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 Slip = Callable[[int], int]
 
@@ -49,9 +50,10 @@ def in_words(n: int) -> str:
   return TENS[n // 10] + ("-" + ONES[n % 10] if n % 10 else "")
 
 
-def shop(r: random.Random) -> Item:
+def shop(r: random.Random, wide: bool = False) -> Item:
+  top = 15 if wide else 12
   name, (x, y) = r.choice(NAMES), r.sample(GOODS, 2)
-  a, b, c, d = r.randint(2, 15), r.randint(2, 15), r.randint(2, 15), r.randint(2, 15)
+  a, b, c, d = r.randint(2, top), r.randint(2, top), r.randint(2, top), r.randint(2, top)
   question = r.choice((
     f"{name} buys {a} {x} at {b} coins each and {c} {y} at {d} coins each. How many coins is that?",
     f"A box of {x} costs {b} coins and a box of {y} costs {d} coins. {name} takes {a} boxes of {x} and"
@@ -69,10 +71,11 @@ def shop(r: random.Random) -> Item:
   return Item("shop", (a, b, c, d, x, y), question, a * b + c * d, work, body)
 
 
-def flow(r: random.Random) -> Item:
+def flow(r: random.Random, wide: bool = False) -> Item:
   bird, place = r.choice(BIRDS), r.choice(PLACES)
-  a, b, d = r.randint(30, 200), r.randint(11, 90), r.randint(11, 90)
-  c = r.randint(11, min(99, a + b - 5))
+  a = r.randint(30, 200 if wide else 99)
+  b, d = r.randint(11, 90 if wide else 40), r.randint(11, 90 if wide else 40)
+  c = r.randint(11, min(99 if wide else 40, a + b - 5))
   total = a + b - c + d
   question = r.choice((
     f"There are {a} {bird} at the {place}. Then {b} come, {c} leave and {d} come. How many {bird} are"
@@ -92,14 +95,14 @@ def flow(r: random.Random) -> Item:
   return Item("flow", (a, b, c, d), question, total, work, body)
 
 
-def rate(r: random.Random) -> Item:
+def rate(r: random.Random, wide: bool = False) -> Item:
   maker, thing = r.choice(MAKERS)
-  a, h, g = r.randint(6, 29), r.randint(3, 9), r.randint(2, 4)
+  a, h, g = r.randint(6, 29 if wide else 15), r.randint(3, 9 if wide else 6), r.randint(2, 4)
   lost = r.randint(3, a * h - 1)
-  lost = min(lost, 60)
+  lost = min(lost, 60 if wide else 20)
   total = (a * h - lost) * g
   if total > 999:
-    return rate(r)
+    return rate(r, wide)
   question = r.choice((
     f"A {maker} makes {a} {thing} an hour for {h} hours a day and {lost} of them break. How many"
     f" good {thing} does it make in {g} days?",
@@ -119,7 +122,8 @@ def rate(r: random.Random) -> Item:
   return Item("rate", (a, h, lost, g), question, total, work, body)
 
 
-def power(r: random.Random) -> Item:
+def power(r: random.Random, wide: bool = False) -> Item:
+  del wide  # the same numbers always
   a, n, m = r.randint(2, 15), r.randint(4, 15), r.randint(5, 19)
   question = r.choice((
     f"What is the remainder when {a}^{n} is divided by {m}?",
@@ -138,8 +142,9 @@ def power(r: random.Random) -> Item:
   return Item("power", (a, n, m), question, pow(a, n, m), work, (f"return {a} ** {n} % {m}",))
 
 
-def count(r: random.Random) -> Item:
-  top, a, b = r.randint(60, 400), *r.sample(range(3, 12), 2)
+def count(r: random.Random, wide: bool = False) -> Item:
+  low, high = (60, 400) if wide else (30, 150)
+  top, a, b = r.randint(low, high), *r.sample(range(3, 12), 2)
   both = next(x for x in range(max(a, b), a * b + 1) if x % a == 0 and x % b == 0)
   total = top // a + top // b - top // both
   question = r.choice((
@@ -159,12 +164,12 @@ def count(r: random.Random) -> Item:
   return Item("count", (top, a, b), question, total, work, body)
 
 
-def squares(r: random.Random) -> Item:
+def squares(r: random.Random, wide: bool = False) -> Item:
   low = r.randint(1, 13)
   high, k = low + r.randint(2, 4), r.randint(1, 50)
   total = sum(x * x for x in range(low, high + 1)) + k
   if total > 999:
-    return squares(r)
+    return squares(r, wide)
   question = r.choice((
     f"Add {k} to the sum of the squares of the integers from {low} to {high}.",
     f"What is {k} plus the sum of all squares x^2 for x from {low} to {high}?",
@@ -186,9 +191,10 @@ def squares(r: random.Random) -> Item:
   return Item("squares", (low, high, k), question, total, work, body)
 
 
-def legs(r: random.Random) -> Item:
+def legs(r: random.Random, wide: bool = False) -> Item:
+  top = 40 if wide else 15
   x, y = r.sample(sorted(LEGS), 2)
-  a, b = r.randint(3, 40), r.randint(3, 40)
+  a, b = r.randint(3, top), r.randint(3, top)
   place = r.choice(PLACES)
   question = r.choice((
     f"How many legs do {a} {x} and {b} {y} have together?",
@@ -204,13 +210,13 @@ def legs(r: random.Random) -> Item:
   return Item("legs", (a, x, b, y), question, a * LEGS[x] + b * LEGS[y], work, ())
 
 
-def units(r: random.Random) -> Item:
+def units(r: random.Random, wide: bool = False) -> Item:
   big, small, size = r.choice(UNITS)
-  a, c = r.randint(2, 19), r.randint(2, 9)
-  b = r.randint(1, 40)
+  a, c = r.randint(2, 19 if wide else 12), r.randint(2, 9 if wide else 5)
+  b = r.randint(1, 40 if wide else 20)
   total = a * size + b * c
   if total > 999:
-    return units(r)
+    return units(r, wide)
   name = r.choice(NAMES)
   question = r.choice((
     f"{name} needs {a} {big} and {c} times {b} {small}. How many {small} are that in all?",
@@ -226,8 +232,9 @@ def units(r: random.Random) -> Item:
   return Item("units", (big, a, b, c), question, total, work, ())
 
 
-def words(r: random.Random) -> Item:
-  a, b, c = r.randint(11, 99), r.randint(2, 9), r.randint(11, 99)
+def words(r: random.Random, wide: bool = False) -> Item:
+  top = 99 if wide else 49
+  a, b, c = r.randint(11, top), r.randint(2, 9 if wide else 6), r.randint(11, top)
   total = a * b + c
   x, y, z = in_words(a), in_words(b), in_words(c)
   question = r.choice((
@@ -244,7 +251,7 @@ def words(r: random.Random) -> Item:
   return Item("words", (a, b, c), question, total, work, ())
 
 
-FAMILIES: dict[str, Callable[[random.Random], Item]] = {
+FAMILIES: dict[str, Callable[..., Item]] = {
   f.__name__: f for f in (shop, flow, rate, power, count, squares, legs, units, words)
 }
 
@@ -260,23 +267,32 @@ def make_slip(r: random.Random, probability: float) -> Slip:
   return slip
 
 
-def problem_sets(seed: int = 11) -> dict[str, list[Item]]:
-  """The reserved problems: "validation" and "test" are shipped, "card" measures the model card.
+SIZES = {"validation": 40, "test": 30, "card": 110}  # problems of a family in each set
 
-  No two share a key; the training corpus leaves all their keys out.
+
+def problem_sets(
+  seed: int = 11, wide: bool = False, seen: Container[tuple] = ()
+) -> dict[str, list[Item]]:
+  """Reserved problems: "validation" and "test" are shipped, "card" measures the model card.
+
+  Args:
+    seed: of the draw.
+    wide: with the larger numbers.
+    seen: (family, key) of problems that training has met; left out.
+
+  Returns:
+    `SIZES` problems of each family, no two with the same key.
   """
   r = random.Random(seed)
-  sizes = {"validation": 40, "test": 30, "card": 110}
-  sets: dict[str, list[Item]] = {name: [] for name in sizes}
+  sets: dict[str, list[Item]] = {name: [] for name in SIZES}
   for family, make in FAMILIES.items():
-    seen: set[tuple] = set()
-    for name, size in sizes.items():
+    used: set[tuple] = set()
+    for name, size in SIZES.items():
       chosen: list[Item] = []
       while len(chosen) < size:
-        item = make(r)
-        if item.key not in seen:
-          seen.add(item.key)
+        item = make(r, wide)
+        if item.key not in used and (family, item.key) not in seen:
+          used.add(item.key)
           chosen.append(item)
-      assert all(0 <= i.answer <= 999 and i.family == family for i in chosen)
       sets[name] += chosen
   return sets

@@ -1,6 +1,7 @@
 """Random workflows and random one- or two-step edits of them, in AFlow's proposal format.
 
-A `State` is what the workflow does; `render` writes it as AFlow graph and prompt text, `read_state` reads it back.
+A `State` is what the workflow does; `render` writes it as AFlow graph and prompt text,
+`read_state` reads it back.
 Good and bad edits are equally likely: which ones help is for the search and GRPO to find out.
 """
 
@@ -49,7 +50,9 @@ PROGRAMS = ("none", "first", "only", "analysed")
 
 @dataclasses.dataclass(frozen=True)
 class State:
-  """What a workflow does: instruction of the call, number of votes, use of a program, second pass."""
+  """What a workflow does: instruction of the call, number of votes, use of a program, second
+  pass.
+  """
 
   instruction: str = ""
   votes: int = 1
@@ -109,14 +112,22 @@ def render(s: State) -> WorkflowSource:
       body += ["program = await self.programmer(problem=problem)", "if program['output']:",
                f"    return program['output'], {usage}"]  # fmt: skip
     if s.votes > 1:
-      body += ["solutions = []", f"for _ in range({s.votes}):", f"    solution = {call}",
-               "    solutions.append(solution['response'])",
-               "solution = await self.sc_ensemble(solutions=solutions, problem=problem)"]  # fmt: skip
+      body += [
+        "solutions = []",
+        f"for _ in range({s.votes}):",
+        f"    solution = {call}",
+        "    solutions.append(solution['response'])",
+        # fmt: skip
+        "solution = await self.sc_ensemble(solutions=solutions, problem=problem)",
+      ]
     else:
       body += [f"solution = {call}"]
     if s.check:
-      body += ["draft = problem + \"\\nDraft: \" + solution['response']",
-               "solution = await self.custom(input=draft, instruction=prompt_custom.CHECK_PROMPT)"]  # fmt: skip
+      body += [
+        "draft = problem + \"\\nDraft: \" + solution['response']",
+        # fmt: skip
+        "solution = await self.custom(input=draft, instruction=prompt_custom.CHECK_PROMPT)",
+      ]
     body += [f"return solution['response'], {usage}"]
   lines = [
     "class Workflow:",

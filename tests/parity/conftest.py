@@ -14,7 +14,12 @@ TOOL = ROOT.parent / "shared" / "tools" / "real_checkpoint.py"
 
 @pytest.fixture(scope="session")
 def real_checkpoint() -> pathlib.Path:
-  """Directory of a pre-trained Qwen2-layout model with 135 million parameters, bfloat16."""
+  """Directory of a pre-trained Qwen2-layout model with 135 million parameters, bfloat16.
+
+  $AWF_PARITY_CHECKPOINT names one that is there already.
+  """
+  if os.environ.get("AWF_PARITY_CHECKPOINT"):
+    return pathlib.Path(os.environ["AWF_PARITY_CHECKPOINT"])
   if not (REAL / "config.json").is_file():
     REAL.parent.mkdir(exist_ok=True)
     part = REAL.with_name(f"{REAL.name}.{os.getpid()}")

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from awf.qwen import hf, peft
 from awf.qwen.config import QwenConfig
 from awf.qwen.lora import LoRAConfig, init_lora, scaled
 from awf.qwen.model import Qwen, head
 from awf.qwen.tokenizer import load_tokenizer
+from awf.sampler.engine import Engine, Request
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
 SHAPE = dict(
@@ -180,22 +181,21 @@ def test_real_logits_of_a_long_text(real, real_checkpoint, record_property):
   assert worst(logits_of(config, params, None, ids), theirs, record_property) <= 1e-3
 
 
-@pytest.mark.parametrize("chat", range(2))
-def test_real_greedy_text(real, real_checkpoint, chat):
-  """Argmax token by token, by full forward passes over a padded row, against `generate`."""
+def test_real_greedy_text(real, real_checkpoint):
+  """The sampler at temperature 0 against `generate`, prompts of unequal length in one batch."""
   reference, config, params = real
   tokenizer = load_tokenizer(real_checkpoint)
-  ids, new = tokenizer.chat_ids(CHATS[chat]), 24
-  with torch.no_grad():
-    out = reference.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False)
-  want = out[0, len(ids) :].tolist()
-  row = np.zeros((1, len(ids) + new), np.int32)
-  row[0, : len(ids)] = ids
-  got: list[int] = []
-  while len(got) < len(want):
-    end = len(ids) + len(got)
-    token = int(jnp.argmax(logits_of(config, params, None, row)[0, end - 1]))
-    row[0, end] = token
-    got.append(token)
-  assert got == want
-  assert tokenizer.decode(got) == tokenizer.decode(want) != ""
+  prompts = [tuple(tokenizer.chat_ids(chat)) for chat in CHATS[:2]]
+  with Engine(config, params, rows=2, context=128, prefill_rows=2, steps_per_dispatch=8) as engine:
+    outputs = engine.generate(
+      Request(ids, temperature=0.0, max_new_tokens=24, stop_ids=tokenizer.stop_ids)
+      for ids in prompts
+    )
+  for ids, (output,) in zip(prompts, outputs, strict=True):
+    with torch.no_grad():
+      out = reference.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+    want = out[0, len(ids) :].tolist()
+    assert list(output.token_ids) == want
+    text = tokenizer.decode(output.token_ids)
+    assert text == tokenizer.decode(want) != ""
+    print(repr(text))

@@ -54,7 +54,7 @@ def run_sft(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     mesh,
     weights=sft.weights,
     lora=lora,
-    lora_scale=lora_config.scale,
+    lora_config=lora_config if lora is not None else None,
   )
   checkpoints = Checkpointer(workdir.checkpoints, config.train.keep_checkpoints)
   with MetricsLogger(workdir) as metrics:

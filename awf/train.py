@@ -125,8 +125,7 @@ class Loop:
     update = self._update(result.rollouts)
     updated = time.perf_counter()
     p.step += 1
-    valid = [r.reward >= self.config.reward.smoke for r in result.rollouts]
-    share = float(np.mean(valid)) if valid else math.nan
+    share = result.metrics["mcts/valid_rate"]
     p.valid_first = share if math.isnan(p.valid_first) else p.valid_first
     p.valid_last = share
     self._write_trajectories(result)
@@ -145,7 +144,6 @@ class Loop:
     results = {
       **result.metrics,
       **update,
-      "proposals/valid": share,
       "checkpoint_quality": quality,
     }
     self.metrics.log(p.step, results, timings, epoch=epoch)
@@ -379,7 +377,7 @@ class Loop:
     loss = results.get("loss", math.nan)
     log.info(
       "round %d of %d: best %.3f, reward %.3f, valid %.2f, loss %.4f, %.0f tokens/s, %.0f s, about %d:%02d left",
-      step, self.total_rounds, best, results["reward"], results["proposals/valid"], loss,
+      step, self.total_rounds, best, results["reward"], results["mcts/valid_rate"], loss,
       timings["perf/tokens_per_second"], timings["time/step"], left // 60, left % 60,
     )  # fmt: skip
 

@@ -23,13 +23,13 @@ MODELS = {
 def use_nano_model(c: ConfigDict) -> ConfigDict:
   """The shipped model, with an engine and a prompt that fit it; changes `c` and returns it."""
   c.model.path = "data/nano/model"
-  c.lora.rank = 8
-  c.lora.alpha = 16.0
+  c.lora.rank = 16
+  c.lora.alpha = 32.0
   c.sampler.rows = 64
   c.sampler.context = 640
-  c.sampler.max_new_tokens = 300
+  c.sampler.max_new_tokens = 192
   c.sampler.prefill_rows = 8
-  c.executor.max_new_tokens = 96
+  c.executor.max_new_tokens = 192
   c.search.prompt = "compact"  # the proposal format that the model was trained on
   c.search.logs = 0
   c.search.experience = 4
@@ -41,7 +41,7 @@ def shrink(c: ConfigDict) -> ConfigDict:
   """The same experiment in under a minute on two CPU cores: every stage once, on a few problems."""
   use_nano_model(c)
   c.sampler.rows = 16
-  c.task.limit = 10
+  c.task.limit = 0
   c.search.rounds = 1
   c.search.parents = 2
   c.search.subset_problems = 2

@@ -60,15 +60,33 @@ def make_trainer(params, lora, grpo=GRPO, optim=OPTIM, mesh=None, **kwargs):
   return GRPOTrainer(CONFIG, params, lora, LORA, grpo, optim, mesh, key, **kwargs)
 
 
-def plain_logps(params, lora, rollout, temperature=1.0):
-  """(log-probs, entropies) of one rollout by itself, from whole logits."""
-  ids = jnp.array([(*rollout.prompt_ids, *rollout.token_ids)])
+@jax.jit
+def padded_logps(params, lora, tokens_BT, temperature):
+  """Log-prob of each token given those before it, and the entropy there; whole logits."""
   variables = {"params": params} | ({"lora": scaled(lora, LORA)} if lora else {})
-  hidden, _ = Qwen(CONFIG).apply(variables, ids, jnp.arange(ids.shape[1])[None])
-  logits = head(params, hidden)[0, len(rollout.prompt_ids) - 1 : -1] / temperature
-  logp = jax.nn.log_softmax(logits)
-  chosen = jnp.take_along_axis(logp, jnp.array(rollout.token_ids)[:, None], 1)[:, 0]
+  positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+  hidden, _ = Qwen(CONFIG).apply(variables, tokens_BT, positions)
+  logp = jax.nn.log_softmax(head(params, hidden)[:, :-1] / temperature)
+  chosen = jnp.take_along_axis(logp, tokens_BT[:, 1:, None], 2)[..., 0]
   return chosen, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+
+def padded(rollouts, length=96):
+  """One rollout a row, right-padded: (tokens, is_completion of tokens[:, 1:])."""
+  tokens_BT = np.zeros((len(rollouts), length), np.int32)
+  is_completion_BT = np.zeros((len(rollouts), length), bool)
+  for i, r in enumerate(rollouts):
+    middle, stop = len(r.prompt_ids), len(r.prompt_ids) + len(r.token_ids)
+    tokens_BT[i, :stop] = (*r.prompt_ids, *r.token_ids)
+    is_completion_BT[i, middle:stop] = True
+  return tokens_BT, is_completion_BT[:, 1:]
+
+
+def plain_logps(params, lora, rollouts, temperature=1.0):
+  """(log-probs, entropies), one array per rollout."""
+  tokens_BT, is_completion_BT = padded(rollouts)
+  values = jax.device_get(padded_logps(params, lora, tokens_BT, temperature))
+  return tuple([x[m] for x, m in zip(v, is_completion_BT, strict=True)] for v in values)
 
 
 def flat(tree):
@@ -220,42 +238,38 @@ def test_batch_refuses_what_cannot_be_packed():
 def test_learner_logprobs_equal_the_plain_forward(params, lora, temperature):
   rollouts = make_rollouts(groups=6, size=8, longest=60)  # several bins, prompts split over them
   trainer = make_trainer(params, lora, temperature=temperature)
-  for rollout, got in zip(rollouts, trainer.logprobs(rollouts), strict=True):
-    logp, _ = plain_logps(params, lora, rollout, temperature)
-    np.testing.assert_allclose(got, logp, atol=1e-5)
-  base = trainer.logprobs(rollouts[:2], is_base=True)
-  np.testing.assert_allclose(
-    base[0], plain_logps(params, None, rollouts[0], temperature)[0], atol=1e-5
-  )
+  expected = plain_logps(params, lora, rollouts, temperature)[0]
+  for got, want in zip(trainer.logprobs(rollouts), expected, strict=True):
+    np.testing.assert_allclose(got, want, atol=1e-5)
+  base = trainer.logprobs(rollouts, is_base=True)
+  want = plain_logps(params, None, rollouts, temperature)[0]
+  np.testing.assert_allclose(base[0], want[0], atol=1e-5)
 
 
 # Updates
 
 
 def plain_update(params, lora, rollouts, grpo, optim):
-  """The whole algorithm, row by row, on whole logits."""
-  advantages = group_advantages(
+  """The whole algorithm, one row per rollout, on whole logits."""
+  advantage_B1 = group_advantages(
     [r.reward for r in rollouts], [r.group for r in rollouts], grpo.advantage, grpo.std_eps
-  ).values_B
-  total = sum(len(r.token_ids) for r in rollouts)
-  old = [plain_logps(params, lora, r)[0] for r in rollouts]
-  ref = [plain_logps(params, None, r)[0] for r in rollouts]
+  ).values_B[:, None]
+  tokens_BT, is_completion_BT = padded(rollouts, 64)
+  old, _ = padded_logps(params, lora, tokens_BT, 1.0)
+  ref, _ = padded_logps(params, None, tokens_BT, 1.0)
 
   def loss(lora):
-    value = 0.0
-    for i, rollout in enumerate(rollouts):
-      logp, entropy = plain_logps(params, lora, rollout)
-      r, a = jnp.exp(logp - old[i]), advantages[i]
-      clipped = jnp.clip(r, 1 - grpo.clip_low, 1 + grpo.clip_high)
-      terms = -jnp.minimum(r * a, clipped * a) - grpo.entropy_coef * entropy
-      terms += grpo.beta * (jnp.exp(ref[i] - logp) - (ref[i] - logp) - 1)
-      value += jnp.sum(terms)
-    return value / total
+    logp, entropy = padded_logps(params, lora, tokens_BT, 1.0)
+    r = jnp.exp(logp - old)
+    clipped = jnp.clip(r, 1 - grpo.clip_low, 1 + grpo.clip_high)
+    terms = -jnp.minimum(r * advantage_B1, clipped * advantage_B1) - grpo.entropy_coef * entropy
+    terms += grpo.beta * (jnp.exp(ref - logp) - (ref - logp) - 1)
+    return jnp.sum(jnp.where(is_completion_BT, terms, 0.0)) / np.sum(is_completion_BT)
 
   optimizer = make_optimizer(optim)
   state, losses = optimizer.init(lora), []
   for _ in range(grpo.steps_per_batch):
-    value, grads = jax.value_and_grad(loss)(lora)
+    value, grads = jax.jit(jax.value_and_grad(loss))(lora)
     updates, state = optimizer.update(grads, state, lora)
     lora = optax.apply_updates(lora, updates)
     losses.append(float(value))
@@ -402,8 +416,7 @@ def test_metric_names_and_sampling_difference(params, lora):
   assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-5)
   assert metrics["clip_ratio/region_mean"] == 0 and metrics["kl"] == 0
   assert metrics["rewards/runs/mean"] == pytest.approx(metrics["reward"] / 2)
-  entropies = [plain_logps(params, lora, r)[1] for r in rollouts]
-  expected = float(jnp.mean(jnp.concatenate(entropies)))
+  expected = float(np.mean(np.concatenate(plain_logps(params, lora, rollouts)[1])))
   assert metrics["entropy"] == pytest.approx(expected, rel=1e-4)
   lengths = [len(r.token_ids) for r in rollouts]
   assert metrics["completions/max_length"] == max(lengths)

@@ -43,16 +43,19 @@ def unpack(packed):
 
 
 def plain_loss(config, params, lora, examples, prompt_weight):
-  total, weight = 0.0, 0.0
-  for prompt, response in examples:
-    ids = jnp.array([(*prompt, *response)])
-    variables = {"params": params} | ({"lora": lora} if lora else {})
-    hidden, _ = Qwen(config).apply(variables, ids, jnp.arange(ids.shape[1])[None])
-    logp = jax.nn.log_softmax(head(params, hidden)[0, :-1])
-    chosen = jnp.take_along_axis(logp, ids[0, 1:, None], 1)[:, 0]
-    w = jnp.array([prompt_weight] * (len(prompt) - 1) + [1.0] * len(response))
-    total, weight = total - jnp.sum(w * chosen), weight + jnp.sum(w)
-  return total / weight
+  """One example a row, right-padded (causal attention does not see it), whole logits."""
+  tokens = np.zeros((len(examples), 32), np.int32)
+  weights = np.zeros((len(examples), 32), np.float32)
+  for i, (prompt, response) in enumerate(examples):
+    size = len(prompt) + len(response)
+    tokens[i, :size] = (*prompt, *response)
+    weights[i, 1:size] = [prompt_weight] * (len(prompt) - 1) + [1.0] * len(response)
+  variables = {"params": params} | ({"lora": lora} if lora else {})
+  positions = jnp.broadcast_to(jnp.arange(32), tokens.shape)
+  hidden, _ = Qwen(config).apply(variables, tokens, positions)
+  logp = jax.nn.log_softmax(head(params, hidden)[:, :-1])
+  chosen = jnp.take_along_axis(logp, tokens[:, 1:, None], 2)[..., 0]
+  return -jnp.sum(weights[:, 1:] * chosen) / np.sum(weights)
 
 
 def flat(tree):

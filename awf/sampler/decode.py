@@ -34,7 +34,7 @@ class Shapes:
   """Everything that the program is compiled for, beside the model and the adapters' shapes."""
 
   rows: int  # decode rows
-  pool: int  # rows that hold prompts, after the decode rows
+  pool: int  # rows that hold prompts, after the decode rows; one more row behind them takes padding
   chunks: int  # of the context
   chunk: int  # keys of one chunk
   group: int  # neighbouring decode rows that share a trip count
@@ -57,7 +57,7 @@ class Work:
 
   table_BX: np.ndarray  # int32 [rows, NUM_COLUMNS]
   tokens_CPT: np.ndarray  # int32 [calls, blocks, block], prompt tokens to prefill
-  place_CP2: np.ndarray  # int32 [calls, blocks, 3]: cache row (out of range: padding), first position, adapter
+  place_CP3: np.ndarray  # int32 [calls, blocks, 3]: cache row, first position, adapter
   copies_X3: np.ndarray  # int32 [rows * chunks, 3]: source row, target row, chunk
   counts_4: np.ndarray  # int32 [4]: prefill calls, copies, decode steps, finished rows that end the loop early
 
@@ -94,7 +94,7 @@ def _prefill(config: QwenConfig, params, lora, cache: Cache, work: Work) -> Cach
   model = Qwen(config)
 
   def call(i, cache):
-    row_P, start_P, adapter_P = (work.place_CP2[i, :, j] for j in range(3))
+    row_P, start_P, adapter_P = (work.place_CP3[i, :, j] for j in range(3))
     tokens_PT = work.tokens_CPT[i]
     position_PT = start_P[:, None] + jnp.arange(tokens_PT.shape[1], dtype=jnp.int32)
     attend = prefill_attend(row_P, start_P)

@@ -138,8 +138,11 @@ def draw(
   peak_B = jnp.max(scaled_BV, axis=-1)
   is_kept_BV = _ordered_bits(scaled_BV) >= threshold_B[:, None]
   weight_BV = jnp.where(is_kept_BV, jnp.exp(scaled_BV - peak_B[:, None]), 0.0)
-  id_B = jnp.where(
-    is_greedy_B, jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), _inverse_cdf(weight_BV, uniform_B)
+  drawn_B = _inverse_cdf(weight_BV, uniform_B)
+  id_B = jax.lax.cond(  # argmax costs as much as the rest of the draw: only when a row wants it
+    jnp.any(is_greedy_B),
+    lambda: jnp.where(is_greedy_B, jnp.argmax(scaled_BV, axis=-1).astype(jnp.int32), drawn_B),
+    lambda: drawn_B,
   )
   chosen_B = jnp.take_along_axis(scaled_BV, id_B[:, None], axis=-1)[:, 0]
   return id_B, chosen_B - peak_B - jnp.log(jnp.sum(weight_BV, axis=-1))

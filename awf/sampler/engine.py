@@ -95,7 +95,7 @@ class Engine:
     self._is_closed = False
     self._error: BaseException | None = None
     self._counts = dict.fromkeys(
-      ("requests", "completions", "refused", "prompt_tokens", "tokens", "dispatches"), 0
+      ("requests", "completions", "refused", "prompt_tokens", "tokens", "dispatches", "steps"), 0
     )
     self._busy_seconds = 0.0
     self._thread = threading.Thread(target=self._run, name="awf-engine", daemon=True)
@@ -108,7 +108,7 @@ class Engine:
     s = self.shapes
 
     def make():
-      return init_cache(self.config, s.rows + s.pool, s.chunks, s.chunk)
+      return init_cache(self.config, s.rows + s.pool + 1, s.chunks, s.chunk)
 
     if self._mesh is None:
       return jax.jit(make)()
@@ -230,6 +230,7 @@ class Engine:
     packed = np.asarray(packed)  # the one copy to the host; waits for the device
     self._busy_seconds += time.perf_counter() - began
     self._counts["dispatches"] += 1
+    self._counts["steps"] += int(packed[-1, 0])
     for job in scheduler.harvest(packed):
       self._counts["completions"] += job.request.n
       self._counts["prompt_tokens"] += len(job.request.prompt_ids)

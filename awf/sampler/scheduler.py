@@ -203,7 +203,7 @@ class Scheduler:
     blocks.sort(key=lambda block: block[0])
     for i, (start, row, adapter, tokens) in enumerate(blocks):
       call, slot = divmod(i, self.shapes.blocks)
-      work.place_CP2[call, slot] = row, start, adapter
+      work.place_CP3[call, slot] = row, start, adapter
       work.tokens_CPT[call, slot, : len(tokens)] = tokens
 
   def harvest(self, packed: np.ndarray) -> list[Job]:

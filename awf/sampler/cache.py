@@ -112,7 +112,7 @@ def prefill_attend(row_P: jax.Array, start_P: jax.Array) -> Attend:
     del layer
     keys, values = cache
     (p, t, n, h), k, width = q_PTNH.shape, values.shape[2], values.shape[3]
-    position_PT = start_P[:, None] + jnp.arange(t, dtype=jnp.int32)
+    position_PT = start_P[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
     k_PKHT, v_PKTH = jnp.moveaxis(k_PTKH, 1, 3), jnp.moveaxis(v_PTKH, 1, 2)
     for i in range(p):
       c, w = start_P[i] // width, start_P[i] % width

@@ -96,7 +96,7 @@ def _prefill(config: QwenConfig, params, lora, cache: Cache, work: Work) -> Cach
   def call(i, cache):
     row_P, start_P, adapter_P = (work.place_CP3[i, :, j] for j in range(3))
     tokens_PT = work.tokens_CPT[i]
-    position_PT = start_P[:, None] + jnp.arange(tokens_PT.shape[1], dtype=jnp.int32)
+    position_PT = start_P[:, None] + jnp.arange(tokens_PT.shape[1], dtype=jnp.int32)[None]
     attend = prefill_attend(row_P, start_P)
     _, cache = model.apply(
       _variables(params, lora), tokens_PT, position_PT, attend, cache, adapter_P

@@ -62,9 +62,9 @@ class System:
     self.policy = QwenPolicy.from_config(config, None if single else self.mesh)
     self._runners: dict[int, Any] = {}
     log.info(
-      "model %s (%.1fM parameters), %d + %d problems, %s",
+      "model %s (%.1fM parameters), %d validation and %d test problems",
       config.model.path, self.policy.config.num_parameters / 1e6,
-      len(self.validation), len(self.test), self.sandbox.probe.summary(),
+      len(self.validation), len(self.test),
     )  # fmt: skip
 
   def runner(self, repeat: int = 0) -> Any:

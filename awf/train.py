@@ -376,7 +376,8 @@ class Loop:
     left = (self.total_rounds - step) * timings["time/step"]
     loss = results.get("loss", math.nan)
     log.info(
-      "round %d of %d: best %.3f, reward %.3f, valid %.2f, loss %.4f, %.0f tokens/s, %.0f s, about %d:%02d left",
+      "round %d of %d: best %.3f, reward %.3f, valid %.2f, loss %.4f, %.0f tokens/s, %.0f s, "
+      "about %d:%02d left",
       step, self.total_rounds, best, results["reward"], results["mcts/valid_rate"], loss,
       timings["perf/tokens_per_second"], timings["time/step"], left // 60, left % 60,
     )  # fmt: skip
@@ -406,13 +407,15 @@ def closing_lines(summary: dict[str, Any], workdir: Any) -> list[str]:
     lines.append(
       f"the policy's proposals for {summary['parents']} held-out parents: "
       f"{summary['proposal_score_before']:.3f} before training, "
-      f"{summary['proposal_score_after']:.3f} after (gain 95 % interval {low:+.3f} to {high:+.3f}); "
+      f"{summary['proposal_score_after']:.3f} after "
+      f"(gain 95 % interval {low:+.3f} to {high:+.3f}); "
       f"valid {summary['valid_rate_first']:.2f} -> {summary['valid_rate_last']:.2f}; "
       f"different programs in 64: {summary['different_in_64_before']} -> "
       f"{summary['different_in_64_after']}"
     )
   lines += [
-    f"{summary['updates']} updates in {summary['rounds']} rounds, {summary['llm_calls']} model calls, "
+    f"{summary['updates']} updates in {summary['rounds']} rounds, "
+    f"{summary['llm_calls']} model calls, "
     f"{summary['wall_seconds']:.0f} s",
     f"report: {workdir / 'report.html'}",
     f"best workflow: {summary['best_workflow']}",

@@ -4,8 +4,8 @@
   python launch.py --config=configs/quickstart.py:smoke      (one round, under a minute)
 
 A 3-million-parameter Qwen-layout model both proposes workflows (base + LoRA) and answers the LLM
-calls that these workflows make (base). Groups of 8 proposals for each of 8 parents are scored on the
-same problems, and GRPO trains the LoRA. Before and after, proposals for 16 held-out parents are
+calls that these workflows make (base). Groups of 8 proposals for each of 8 parents are scored on
+the same problems, and GRPO trains the LoRA. Before and after, proposals for 16 held-out parents are
 scored on problems that training never sees. Results of dated runs are in LOG.md.
 """
 

@@ -166,6 +166,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
   def __init__(self, path: str | os.PathLike[str]) -> None:
     import tokenizers
+
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # there is no torch to miss
     import transformers
 
     folder = Path(path)

@@ -177,7 +177,7 @@ class Engine:
       if self._is_closed:
         raise RuntimeError("the engine is closed") from self._error
       for request, future in pairs:
-        self._check(request)
+        self.check(request)
         self._counts["requests"] += 1
         if not 0 < len(request.prompt_ids) < self.context:
           self._counts["refused"] += 1
@@ -188,7 +188,8 @@ class Engine:
       self._inbox.extend(jobs)
       self._ready.notify()
 
-  def _check(self, request: Request) -> None:
+  def check(self, request: Request) -> None:
+    """Raises ValueError for ids outside the vocabulary or an adapter that is not set."""
     lora = self._adapters[self._version]
     count = 0 if lora is None else jax.tree.leaves(lora)[0].shape[0]
     if not 0 <= request.adapter <= count:

@@ -64,6 +64,6 @@ def revise(problem: str, solution: str, feedback: str) -> str:
 
 def reflect_on_test(problem: str, solution: str, failure: str) -> str:
   return (
-    f"Problem: {problem}\nCode:\n{solution}\nIt fails: {failure}\nFind the mistake, then reply with "
-    "the complete corrected code in one python code block."
+    f"Problem: {problem}\nCode:\n{solution}\nIt fails: {failure}\nFind the mistake, then reply "
+    "with the complete corrected code in one python code block."
   )

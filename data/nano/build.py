@@ -66,7 +66,8 @@ def ship(folder: pathlib.Path) -> None:
   write_lines(
     folder / "problems.jsonl",
     (
-      {"id": f"{item.family}-{split}-{i % families.SIZES[split]}", "problem": item.question, "answer": str(item.answer),
+      {"id": f"{item.family}-{split}-{i % families.SIZES[split]}", "problem": item.question,
+       "answer": str(item.answer),
        "family": item.family, "split": split}
       for split in ("validation", "test") for i, item in enumerate(sets[split])
     ),

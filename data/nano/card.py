@@ -127,7 +127,8 @@ async def measure_proposals(policy, parents: list[WorkflowSource], per_parent: i
       )
     distinct.append(len(programs))
   return {
-    "valid": valid / total, "copies": copies / total, "different_in_64": sum(distinct) / len(distinct),
+    "valid": valid / total, "copies": copies / total,
+    "different_in_64": sum(distinct) / len(distinct),
     "of_known_form": read / max(1, valid), "description_agrees": agree / max(1, valid),
   }  # fmt: skip
 

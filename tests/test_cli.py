@@ -214,13 +214,15 @@ def test_an_interrupted_run_says_how_to_resume(text, tmp_path, sent, code):
     stderr=subprocess.PIPE,
     text=True,
     env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    # A shell's background job ignores SIGINT, and its children inherit that.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
-  log, deadline = run_dir / "metrics.jsonl", time.monotonic() + 60
+  log, deadline = run_dir / "metrics.jsonl", time.monotonic() + 240
   while not (log.exists() and log.stat().st_size):
     assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
     time.sleep(0.05)
   process.send_signal(sent)
-  out, err = process.communicate(timeout=30)
+  out, err = process.communicate(timeout=120)
   assert process.returncode == code, err
   last = err.splitlines()[-1]
   assert out == "" and "Traceback" not in err

@@ -103,7 +103,7 @@ def test_one_uniform_picks_the_token_by_the_inverse_cdf(logits_V):
 
 
 def test_the_ends_of_the_uniform_stay_inside_the_support():
-  logits_V = np.full(V, -3.0, np.float32)
+  logits_V = -20 - np.arange(V, dtype=np.float32) / 100  # no ties
   logits_V[[140, 141, 260]] = 2.0, 1.0, 3.0
   ends = np.array([0.0, np.finfo(np.float32).tiny, 0.5, 1 - 2**-24], np.float32)
   for top_p, top_k in ((1.0, 3), (0.9, 0), (0.99, 3)):

@@ -1,13 +1,14 @@
 """The KV cache in chunks, and attention over the live part of it.
 
-Letters beside the legend: C chunks of the context, W keys of one chunk, P prefill blocks, X groups of decode rows.
-A layer's cache is a pair of arrays, keys [C, B, K, H, W] and values [C, B, K, W, H]; token `t` of row `b` lies in
-chunk t // W at place t % W. Both are the right-hand side of a plain matrix product as they lie, so no step transposes
-or packs them (on CPU: a fifth of the time of the product with keys [.., W, H]).
+Letters beside the legend: C chunks of the context, W keys of one chunk, P prefill blocks, X
+groups of decode rows. A layer's cache is a pair of arrays, keys [C, B, K, H, W] and values [C, B,
+K, W, H]; token `t` of row `b` lies in chunk t // W at place t % W. Both are the right-hand side
+of a plain matrix product as they lie, so no step transposes or packs them (on CPU the score
+product takes a quarter of its time with keys [.., W, H]).
 
-A row attends to its own chunks in order with an online softmax. Chunks past its length are masked and change no bit
-of its result (weights exactly 0, correction exactly 1), so the result depends neither on the allocated context nor on
-how long the neighbours are.
+A row attends to its own chunks in order with an online softmax. Chunks past its length are masked
+and change no bit of its result (weights exactly 0, correction exactly 1), so the result depends
+neither on the allocated context nor on how long the neighbours are.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def _chunked_attention(q_BKGTH, position_BT, num_chunks, load):
 def decode_attend(position_B: jax.Array, is_running_B: jax.Array, group: int) -> Attend:
   """Attention of one new token per row; it first writes the token's key and value at `position_B`.
 
-  Rows are worked on in groups of `group` neighbours, each with as many chunks as its longest running row needs.
-  Rows that are not running write nothing.
+  Rows are worked on in groups of `group` neighbours, each with as many chunks as its longest
+  running row needs. Rows that are not running write nothing.
   """
   b = position_B.shape[0]
   num_groups = b // group
@@ -102,10 +103,11 @@ def decode_attend(position_B: jax.Array, is_running_B: jax.Array, group: int) ->
 
 
 def prefill_attend(row_P: jax.Array, start_P: jax.Array) -> Attend:
-  """Attention of prompt blocks: block p holds tokens start_P[p] ... start_P[p] + T - 1 of cache row row_P[p].
+  """Attention of prompt blocks.
 
-  T divides the chunk, so a block lies in one chunk. All blocks are written before any attends, so blocks of one
-  prompt may share a call. Padding blocks name a cache row that nobody reads.
+  Block p holds tokens start_P[p] ... start_P[p] + T - 1 of cache row row_P[p]. T divides the chunk,
+  so a block lies in one chunk. All blocks are written before any attends, so blocks of one prompt
+  may share a call. Padding blocks name a cache row that nobody reads.
   """
 
   def attend(layer, q_PTNH, k_PTKH, v_PTKH, cache):
@@ -132,7 +134,7 @@ def prefill_attend(row_P: jax.Array, start_P: jax.Array) -> Attend:
 
 
 def copy_chunks(cache: Cache, copies_X3: jax.Array, num_copies: jax.Array) -> Cache:
-  """Copies chunks between rows in place: each of the first `num_copies` lines is (source, target, chunk)."""
+  """Copies chunks between rows in place; `num_copies` lines are (source, target, chunk)."""
 
   def one(i, cache):
     source, target, c = copies_X3[i, 0], copies_X3[i, 1], copies_X3[i, 2]

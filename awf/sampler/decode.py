@@ -1,7 +1,7 @@
-"""The one compiled program of the engine: prefill new prompts, hand them to rows, decode some steps.
+"""The one compiled program of the engine: prefill prompts, hand them to rows, decode some steps.
 
-Host and device exchange one packed int32 array per row table and one packed result per dispatch; only shapes are
-static, so sampling fields, stop ids, seeds, lengths and work lists never compile anew.
+Host and device exchange one packed int32 row table and one packed result per dispatch; only shapes
+are static, so sampling fields, stop ids, seeds, lengths and work lists never compile anew.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Work:
   tokens_CPT: np.ndarray  # int32 [calls, blocks, block], prompt tokens to prefill
   place_CP3: np.ndarray  # int32 [calls, blocks, 3]: cache row, first position, adapter
   copies_X3: np.ndarray  # int32 [rows * chunks, 3]: source row, target row, chunk
-  counts_4: np.ndarray  # int32 [4]: prefill calls, copies, decode steps, finished rows that end the loop early
+  # int32 [4]: prefill calls, copies, decode steps, finished rows that end the loop early
+  counts_4: np.ndarray
 
 
 def empty_work(shapes: Shapes) -> Work:
@@ -168,7 +169,8 @@ def dispatch(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, wor
   """Prefills into the pool, copies prompts to their rows, decodes.
 
   Returns:
-    (cache, int32 [2 * steps + 3, B]: for each step ids and log-prob bits, then status, tokens made, steps run).
+    (cache, int32 [2 * steps + 3, B]: for each step ids and log-prob bits, then status, tokens made,
+    steps run).
   """
   cache = _prefill(config, params, lora, cache, work)
   cache = copy_chunks(cache, work.copies_X3, work.counts_4[1])
@@ -176,8 +178,9 @@ def dispatch(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, wor
 
 
 def compile_dispatch(config: QwenConfig, shapes: Shapes, on_trace=None):
-  """The jitted `dispatch` of one engine: (params, lora, cache, work) -> (cache, packed); the cache is donated.
+  """The jitted `dispatch` of one engine: (params, lora, cache, work) -> (cache, packed).
 
+  The cache is donated: no second copy of it exists, and no copy of a layer's part is made inside.
   `on_trace` is called once per trace, so that tests can count them.
   """
 
@@ -190,7 +193,7 @@ def compile_dispatch(config: QwenConfig, shapes: Shapes, on_trace=None):
 
 
 def unpack(packed: np.ndarray, steps: int):
-  """Splits the packed result into (ids [S, B], log-probs [S, B], status [B], made [B], number of steps run)."""
+  """Splits the packed result: (ids [S, B], log-probs [S, B], status [B], made [B], steps run)."""
   pairs = packed[: 2 * steps].reshape(steps, 2, -1)
   return pairs[:, 0], pairs[:, 1].view(np.float32), packed[-3], packed[-2], int(packed[-1, 0])
 
@@ -198,5 +201,3 @@ def unpack(packed: np.ndarray, steps: int):
 def float_bits(x: float) -> int:
   """The int32 whose bits are those of float32 `x`."""
   return int(np.float32(x).view(np.int32))
-
-

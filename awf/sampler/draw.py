@@ -1,7 +1,7 @@
 """Draws one token per row: temperature, top-k and top-p without a sort, one uniform per row.
 
-Everything is traced per row, so no value of a sampling field compiles anew, and each row is computed from its own
-logits and its own counter-based uniform alone.
+Everything is traced per row, so no value of a sampling field compiles anew, and each row is
+computed from its own logits and its own counter-based uniform alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
 def _largest_threshold(bits_BV: jax.Array, is_enough) -> jax.Array:
   """Largest uint32 threshold per row for which `is_enough(bits_BV >= threshold)` still holds.
 
-  `is_enough` maps the bool [B, V] of kept tokens to bool [B], is monotone, and holds when all are kept.
+  `is_enough` maps the bool [B, V] of kept tokens to bool [B], is monotone, and holds when all are.
   """
 
   def step(_, bounds):
@@ -53,8 +53,8 @@ def _largest_threshold(bits_BV: jax.Array, is_enough) -> jax.Array:
 def support_threshold(scaled_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array) -> jax.Array:
   """Per-row threshold of the kept support, as ordered bits: token v is kept if its bits reach it.
 
-  Top-k first, then top-p on what is left, as Hugging Face's warpers do. Tokens that tie with the last kept one are
-  kept too.
+  Top-k first, then top-p on what is left, as Hugging Face's warpers do. Tokens that tie with the
+  last kept one are kept too.
 
   Args:
     scaled_BV: float32 [B, V], logits divided by the temperature.
@@ -86,7 +86,7 @@ def support_threshold(scaled_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Arr
 
 
 def _inverse_cdf(weight_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
-  """The token at which the running sum of the weights passes uniform x total; its weight is positive."""
+  """The token at which the running sum of weights passes uniform x total; never one of weight 0."""
   b, v = weight_BV.shape
   blocks = -(-v // VOCAB_BLOCK)
   padded = jnp.pad(weight_BV, ((0, 0), (0, blocks * VOCAB_BLOCK - v)))
@@ -127,8 +127,8 @@ def draw(
     top_k_B: int32 [B]; 0 is off.
 
   Returns:
-    (int32 [B] ids, float32 [B] log-probs under the distribution that was drawn from: tempered, cut to the support and
-    renormalised; at temperature 0 under the plain softmax).
+    (int32 [B] ids, float32 [B] log-probs under the distribution that was drawn from: tempered, cut
+    to the support and renormalised; at temperature 0 under the plain softmax).
   """
   is_greedy_B = temperature_B <= 0
   scaled_BV = logits_BV / jnp.where(is_greedy_B, 1.0, temperature_B)[:, None]

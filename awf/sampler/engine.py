@@ -1,8 +1,9 @@
 """The batched sampler: one thread drives the device, any thread submits requests.
 
-Rows are refilled between dispatches of a few decode steps each; nothing is compiled after the first dispatch except
-when adapters of another shape arrive. Strict mode: a completion is bit-equal whatever its neighbours and whenever it
-is admitted, because every shape is fixed and no reduction depends on another row.
+Rows are refilled between dispatches of a few decode steps each; nothing is compiled after the first
+dispatch except when adapters of another shape arrive. Strict mode: a completion is bit-equal
+whatever its neighbours and whenever it is admitted, because every shape is fixed and no reduction
+depends on another row.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Engine:
       steps_per_dispatch: decode steps between two looks at the queue.
       strict: bit-equal rows whatever their neighbours.
       pad_id: token of unused places; never visible to any row.
-      mesh: mesh that `params` lie on; the cache is split by key/value heads over `tensor`, else replicated.
+      mesh: mesh that `params` lie on; the cache is split by key/value heads over `tensor`, else
+        replicated.
     """
     for name, value in (
       ("rows", rows),
@@ -145,7 +147,7 @@ class Engine:
     return [future.result() for _, future in pairs]
 
   def stats(self) -> dict[str, float]:
-    """Counters since the start: requests, tokens, prompt cache, dispatches, seconds that the device worked."""
+    """Counters since the start: requests, tokens, prompt cache, dispatches, busy seconds."""
     s = self._scheduler
     return {
       **self._counts,

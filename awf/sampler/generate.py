@@ -106,7 +106,9 @@ def _output_line(completion: Completion, index: int, sample: int) -> str:
   order = (
     "prompt_ids", "text", "token_ids", "logprobs", "finish_reason", "index", "sample",
   )  # fmt: skip
-  return json.dumps({name: line[name] for name in order}, ensure_ascii=False, allow_nan=False) + "\n"
+  return (
+    json.dumps({name: line[name] for name in order}, ensure_ascii=False, allow_nan=False) + "\n"
+  )
 
 
 # --- reading
@@ -206,7 +208,9 @@ def _make_request(
       f"the prompt has {len(ids)} tokens; expected at most {context - 1}, one less than "
       f"config.sampler.context ({context}): shorten it or raise config.sampler.context"
     )
-  own = {name: fields[name] for name in ("temperature", "top_p", "max_new_tokens") if name in fields}
+  own = {
+    name: fields[name] for name in ("temperature", "top_p", "max_new_tokens") if name in fields
+  }
   drawing = dataclasses.replace(
     sampling,
     **own,

@@ -21,8 +21,8 @@ class RemoteError(RuntimeError):
 class RemoteLLM:
   """Calls `POST <base_url>/chat/completions`.
 
-  Token ids and log-probs are not known for a remote model: they stay empty, so its completions are no training rows.
-  Equal arguments give equal completions only as far as the endpoint honours `seed`.
+  Token ids and log-probs are not known for a remote model: they stay empty, so its completions are
+  no training rows. Equal arguments give equal completions as far as the endpoint honours `seed`.
   """
 
   def __init__(
@@ -34,6 +34,7 @@ class RemoteLLM:
     concurrency: int = 16,
     timeout: float = 120.0,
     retries: int = 4,
+    first_wait: float = 0.5,
     transport: httpx.AsyncBaseTransport | None = None,
   ):
     """Makes the client; no connection is opened before the first call.
@@ -44,7 +45,8 @@ class RemoteLLM:
       api_key: bearer token; None reads OPENAI_API_KEY, which may be unset.
       concurrency: requests in flight.
       timeout: seconds per try.
-      retries: further tries after connection errors and the statuses of `RETRIED`, with doubling waits.
+      retries: further tries after connection errors and the statuses of `RETRIED`.
+      first_wait: seconds before the first retry; doubles with each, up to 30.
       transport: own httpx transport.
 
     Raises:
@@ -54,7 +56,7 @@ class RemoteLLM:
       raise UserError(f"base_url: expected http://... or https://..., got {base_url!r}")
     key = os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    self.model, self._retries = model, retries
+    self.model, self._retries, self._first_wait = model, retries, first_wait
     self._client = httpx.AsyncClient(
       base_url=base_url.rstrip("/") + "/", headers=headers, timeout=timeout, transport=transport
     )
@@ -68,7 +70,8 @@ class RemoteLLM:
 
     Args:
       messages: chat messages with `role` and `content`.
-      sampling: `stop_ids` are ignored, `top_k` is sent only when it is on (not every endpoint knows it).
+      sampling: `stop_ids` are ignored; `top_k` is sent only when it is on, as not every endpoint
+        knows it.
       key: its low 31 bits are sent as `seed`.
       adapter: must be 0; a remote model has none.
 
@@ -113,7 +116,7 @@ class RemoteLLM:
     for attempt in range(self._retries + 1):
       if attempt:
         self._counts["retries"] += 1
-        await asyncio.sleep(min(30.0, 0.5 * 2 ** (attempt - 1)))
+        await asyncio.sleep(min(30.0, self._first_wait * 2 ** (attempt - 1)))
       self._counts["requests"] += 1
       try:
         response = await self._client.post("chat/completions", json=body)

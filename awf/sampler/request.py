@@ -14,7 +14,8 @@ MAX_STOP_IDS = 8  # width of the padded per-row array of stop ids
 class Request:
   """One prompt and how to sample from it.
 
-  Sample `i` of a request is a function of (prompt_ids, seed, i, the sampling fields, the adapter's weights) only.
+  Sample `i` of a request is a function of (prompt_ids, seed, i, the sampling fields, the adapter's
+  weights) only.
   """
 
   prompt_ids: tuple[int, ...]

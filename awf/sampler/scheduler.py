@@ -1,8 +1,9 @@
-"""Host side of the engine: which completion sits in which row, which prompts are in the pool, what to do next.
+"""Host side of the engine: which completion sits in which row, which prompts are in the pool.
 
-Pure Python and NumPy, one thread. A prompt is prefilled once into a pool row (all its tokens but the last, which is
-the first token of the decode) and copied from there to the rows of its completions; the pool keeps it for later
-requests, least recently used first out. None of these choices changes a bit of any completion.
+Pure Python and NumPy, one thread. A prompt is prefilled once into a pool row (all its tokens but
+the last, which is the first token of the decode) and copied from there to the rows of its
+completions; the pool keeps it for later requests, least recently used first out. None of these
+choices changes a bit of any completion.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class Scheduler:
     return True
 
   def _claim_pool_row(self, key: Hashable, in_use: set[int]) -> int | None:
-    """A pool row for a new prompt: a free one, else the least recently used that this dispatch does not need."""
+    """A pool row for a new prompt: a free one, else the least recently used one not in use."""
     if self.free_pool:
       self.pool[key] = self.free_pool.pop()
       return self.pool[key]
@@ -156,7 +157,7 @@ class Scheduler:
     return True
 
   def _choose_row(self, job: Job) -> int | None:
-    """A free row, in the group whose longest running row is nearest in length: groups share a trip count."""
+    """A free row in the group whose longest row is nearest in length: it shares a trip count."""
     length = len(job.request.prompt_ids) + job.request.max_new_tokens // 2
     best, best_cost = None, None
     group = self.shapes.group
@@ -199,7 +200,7 @@ class Scheduler:
     self.rows[row] = sequence
 
   def _list_blocks(self, work: Work, blocks) -> None:
-    """Fills the prefill calls in order of position, so that a block never comes before its prefix."""
+    """Fills the prefill calls in order of position: a block never comes before its prefix."""
     blocks.sort(key=lambda block: block[0])
     for i, (start, row, adapter, tokens) in enumerate(blocks):
       call, slot = divmod(i, self.shapes.blocks)

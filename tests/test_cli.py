@@ -198,8 +198,8 @@ def test_a_run_leaves_its_record_and_a_changed_config_is_refused(capsys, text, t
   before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
   line = one_line_error(capsys, *argv, "--config.seed=5", "--config.sft.batch=4")
   assert "config.seed: there 0, here 5" in line and "config.sft.batch: there 2, here 4" in line
-  argv = [*argv, "--config.model.path=data/nano/model", "--mode=train"]
-  assert "mode sft, not train" in one_line_error(capsys, *argv)
+  other = [*argv, "--config.model.path=data/nano/model", "--mode=train"]
+  assert "mode sft, not train" in one_line_error(capsys, *other)
   assert before == {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
   assert run(*argv, "--config.train.minutes=9") == 0  # how, not what: resumes
 

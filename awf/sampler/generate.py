@@ -1,4 +1,4 @@
-"""Completes JSON lines: every line is checked first, then all run together, the file appears whole."""
+"""Completes JSON lines: all are checked first, run together, and the output appears whole."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def _prompt_ids(policy: PolicyLike, fields: dict[str, Any]) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _whole_file(output: str, input: str) -> Iterator[IO[str]]:
-  """A file that takes its place under `output` when the block ends well, and leaves no trace else."""
+  """A file that takes the place of `output` if the block ends well, and else leaves no trace."""
   given = Path(output).expanduser()
   if given.exists() and not given.is_file():
     raise UserError(f"--output: expected the path of a file, got {str(output)!r}")

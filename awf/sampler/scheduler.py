@@ -93,15 +93,18 @@ class Scheduler:
     if copies:
       work.copies_X3[: len(copies)] = copies
     work.table_BX = self.table_BX
-    steps, early = self._decode_budget()
+    steps, early = self._decode_budget(bool(in_use))
     calls = -(-len(blocks) // self.shapes.blocks)
     work.counts_4[:] = (calls, len(copies), steps, early)
     return work
 
-  def _decode_budget(self) -> tuple[int, int]:
-    """(decode steps, finished rows that end them early): short turns while rows stand empty."""
+  def _decode_budget(self, is_admitting: bool) -> tuple[int, int]:
+    """(decode steps, finished rows that end them early): short turns while rows stand empty.
+
+    A turn that admitted nothing always decodes: what is pending may wait for running rows to end.
+    """
     rows, running = self.shapes.rows, self.num_running
-    if self.pending and running < rows // 2:
+    if self.pending and is_admitting and running < rows // 2:
       return 0, rows + 1  # prompts of one dispatch are limited; fill the rows first
     steps = self.shapes.steps if running > rows // 2 else max(1, self.shapes.steps // 4)
     return steps, max(1, rows // 8) if self.pending else rows + 1

@@ -397,7 +397,20 @@ def test_new_adapter_values_reach_later_requests_without_recompiling(engine):
     engine.set_adapters(stack_adapters([random_lora(seed)]))
     futures.append(engine.submit(request))
   assert [future.result() for future in futures] == [want[0], want[1], want[0]]
+  assert len(engine._adapters) <= 3  # old ones are freed
   assert engine.stats()["traces"] == traces
+
+
+@pytest.mark.parametrize(
+  "fields", [{"top_k": 2**40}, {"temperature": 1e-40}, {"temperature": 1e300}]
+)
+def test_extreme_settings_are_drawn_from_and_harm_no_later_request(engine, fields):
+  request = Request(prompt(5, 13), seed=3, max_new_tokens=8, **fields)
+  (output,) = engine.generate([request])[0]
+  assert len(output.token_ids) == 8 and np.isfinite(output.logprobs).all()
+  if fields.get("temperature") == 1e-40:
+    greedy = Request(prompt(5, 13), seed=3, max_new_tokens=8, temperature=0.0)
+    assert engine.generate([greedy])[0] == [output]
 
 
 # --- mistakes and the end

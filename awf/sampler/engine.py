@@ -225,6 +225,7 @@ class Engine:
       if job.future.set_running_or_notify_cancel():
         scheduler.add(job)
     work = scheduler.plan()
+    self._drop_old_adapters()
     if work is None:
       return True
     began = time.perf_counter()
@@ -240,6 +241,17 @@ class Engine:
       self._counts["tokens"] += sum(len(output.token_ids) for output in job.outputs)
       job.future.set_result(job.outputs)
     return True
+
+  def _drop_old_adapters(self) -> None:
+    """Frees the adapters that no request can still ask for."""
+    with self._ready:
+      if len(self._adapters) <= 2:
+        return
+      scheduler = self._scheduler
+      waiting = [*scheduler.pending, *(s for s in scheduler.rows if s is not None)]
+      used = {job.version for job in [*self._inbox, *(s.job for s in waiting)]}
+      used |= {self._version, scheduler.version}
+      self._adapters = {v: lora for v, lora in self._adapters.items() if v in used}
 
   def _fail_all(self, error: Exception) -> None:
     with self._ready:

@@ -191,9 +191,12 @@ class Scheduler:
       "seed_high": np.uint32(request.seed >> 32).view(np.int32),
       "seed_low": np.uint32(request.seed & 0xFFFFFFFF).view(np.int32),
       "sample": sequence.sample,
-      "top_k": request.top_k,
+      "top_k": min(request.top_k, 2**31 - 1),
       "adapter": request.adapter,
-      "temperature": float_bits(request.temperature),
+      # Below 1e-4 float32 logits overflow and the draw is greedy to all digits.
+      "temperature": float_bits(
+        0.0 if request.temperature < 1e-4 else min(request.temperature, 1e4)
+      ),
       "top_p": float_bits(request.top_p),
     }
     for name, value in values.items():

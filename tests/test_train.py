@@ -1,6 +1,7 @@
 """The whole loop on the shipped model: figures, files, exact resume, kill -9, a fair comparison."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -39,6 +40,7 @@ def small(rounds=2, **changes):
 
 
 def run(config, folder, function=run_train):
+  logging.getLogger("awf").setLevel(logging.INFO)  # as launch.py does
   with Workdir(folder) as workdir:
     workdir.open(config, "train")
     return function(resolve_paths(config), workdir)

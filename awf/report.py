@@ -59,6 +59,7 @@ class Run:
   metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   timings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)  # eval.json
+  summary: dict[str, Any] = dataclasses.field(default_factory=dict)  # summary.json
   trees: dict[str, Tree] = dataclasses.field(default_factory=dict)  # data set -> forest
   scores: dict[str, dict[int, float]] = dataclasses.field(default_factory=dict)  # without a journal
   trajectories: dict[str, int] = dataclasses.field(default_factory=dict)  # file -> lines
@@ -94,6 +95,7 @@ def read_run(path: pathlib.Path) -> Run:
   run = Run(path)
   run.record = _object(path / "config.json", run)
   run.evaluation = _object(path / "eval.json", run)
+  run.summary = _object(path / "summary.json", run)
   run.metrics = _rows(path / "metrics.jsonl", run)
   run.timings = _rows(path / "timings.jsonl", run)
   for journal in sorted(path.glob("workspace/*/journal.jsonl")):
@@ -153,10 +155,12 @@ def render(run: Run) -> str:
   name = config.get("name", "") if isinstance(config, dict) else ""
   title = f"awf run {name or run.path.resolve().name}"
   about = {key: run.record.get(key) for key in ("mode", "started", "commit", "backend")}
+  about["commit"] = str(about["commit"] or "")[:12]
   line = " · ".join(f"{key} {value}" for key, value in about.items() if value)
   body = [
     f"<header><h1>{parts.esc(title)}</h1>{parts.note(line)}</header>",
     _summary(run),
+    parts.section("What was learned", _learned(run.summary)),
     parts.section("Test split", _evaluation(run.evaluation)),
     parts.section("Curves", _curves(run)),
     *(_search(name, tree) for name, tree in run.trees.items()),
@@ -208,6 +212,36 @@ def _summary(run: Run) -> str:
   if run.trajectories:
     values.append(("trajectory lines", parts.number(sum(run.trajectories.values()))))
   return parts.tiles(values) if values else ""
+
+
+def _learned(summary: Mapping[str, Any]) -> str:
+  """The policy's proposals before and after training, and the best workflow on the test split."""
+  rows = [
+    (title, *(parts.number(summary.get(name)) for name in names))
+    for title, *names in (
+      ("mean score of the proposals", "proposal_score_before", "proposal_score_after"),
+      ("among valid ones", "valid_score_before", "valid_score_after"),
+      ("share that is valid", "valid_rate_first", "valid_rate_last"),
+      ("different programs in 64", "different_in_64_before", "different_in_64_after"),
+    )
+    if summary.get(names[0]) is not None and summary.get(names[1]) is not None
+  ]
+  out = ""
+  if rows and summary.get("parents") is not None:
+    gain = summary.get("proposal_gain_interval")
+    low, high = gain if isinstance(gain, list) and len(gain) == 2 else (None, None)
+    out += parts.card(parts.table(("proposals of the policy", "before", "after"), rows, (1, 2)))
+    out += parts.note(
+      f"{parts.number(summary.get('proposals'))} proposals for {parts.number(summary['parents'])} "
+      "parent workflows, scored on problems, neither of them seen in training. 95 % interval of "
+      f"the gain: {parts.number(low)} to {parts.number(high)}."
+    )
+  if summary.get("test_score_best") is not None:
+    out += parts.note(
+      f"On the test split the best workflow scores {parts.number(summary['test_score_best'])}, "
+      f"the seed workflow {parts.number(summary.get('test_score_seed'))}."
+    )
+  return out
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ overflow-x:auto}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:10px}
 .charts figure{margin:0}
 figcaption{display:flex;justify-content:space-between;gap:8px;font-size:13px}
+figcaption .soft{white-space:nowrap}
 table{border-collapse:collapse;width:100%;font-size:13.5px}
 th{text-align:left;color:var(--soft);font-weight:500}
 th,td{padding:4px 10px 4px 0;border-bottom:1px solid var(--line);vertical-align:top;
@@ -130,7 +131,7 @@ def line_chart(name: str, points: Sequence[tuple[float, float | None]]) -> str:
     name: title; the last value stands beside it.
     points: (x, y) by increasing x; at least one y is a number.
   """
-  width, height, left, top, bottom = 340, 150, 52, 8, 20
+  width, height, left, top, bottom = 340, 150, 62, 8, 20
   known = [(x, y) for x, y in points if y is not None]
   low, high = _range([y for _, y in known])
   first, last = points[0][0], points[-1][0]

@@ -195,3 +195,21 @@ def test_numbers_and_escapes():
   ]  # fmt: skip
   assert esc('<a b="c">') == "&lt;a b=&quot;c&quot;&gt;"
   assert esc("x" * 50, 10).startswith("xxxxxxxxxx … (40 more")
+
+
+def test_what_was_learned_stands_in_the_page_once_a_run_has_ended(tmp_path):
+  write_run(tmp_path, [node(1, 0, 0.25)])
+  assert "What was learned" not in write_report(tmp_path).read_text()
+  summary = {
+    "parents": 16, "proposals": 128, "proposal_score_before": 0.4375, "proposal_score_after": 0.6875,
+    "proposal_gain_interval": [0.125, 0.375], "test_score_seed": 0.0625, "test_score_best": 0.9375,
+  }  # fmt: skip
+  (tmp_path / "summary.json").write_text(json.dumps(summary))
+  shown = " ".join(Page(write_report(tmp_path).read_text()).text)
+  for text in ("0.4375", "0.6875", "0.125 to 0.375", "128 proposals for 16", "0.9375", "0.0625"):
+    assert text in shown
+  assert "among valid ones" not in shown  # not in this summary
+  # Figures of a foreign or damaged file cost their row, never the page.
+  broken = summary | {"proposal_gain_interval": "x", "proposal_score_after": {"a": 1}}
+  (tmp_path / "summary.json").write_text(json.dumps(broken))
+  assert "What was learned" in write_report(tmp_path).read_text()

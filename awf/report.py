@@ -31,7 +31,7 @@ CURVES = (
   "mcts/best_score",
   "mcts/valid_rate",
   "mcts/success",
-  "mcts/pass@k",
+  "mcts/pass_8",
   "frac_reward_zero_std",
   "loss",
   "entropy",

@@ -201,7 +201,8 @@ def test_what_was_learned_stands_in_the_page_once_a_run_has_ended(tmp_path):
   write_run(tmp_path, [node(1, 0, 0.25)])
   assert "What was learned" not in write_report(tmp_path).read_text()
   summary = {
-    "parents": 16, "proposals": 128, "proposal_score_before": 0.4375, "proposal_score_after": 0.6875,
+    "parents": 16, "proposals": 128,
+    "proposal_score_before": 0.4375, "proposal_score_after": 0.6875,
     "proposal_gain_interval": [0.125, 0.375], "test_score_seed": 0.0625, "test_score_best": 0.9375,
   }  # fmt: skip
   (tmp_path / "summary.json").write_text(json.dumps(summary))

@@ -31,7 +31,7 @@ CURVES = (
   "mcts/best_score",
   "mcts/valid_rate",
   "mcts/success",
-  "mcts/pass_8",
+  "mcts/pass@",  # every k
   "frac_reward_zero_std",
   "loss",
   "entropy",
@@ -287,7 +287,10 @@ def _series(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float | N
 
 def _curves(run: Run) -> str:
   results, timings = _series(run.metrics), _series(run.timings)
-  first = [name for name in CURVES if name in results]
+  first = [
+    name for curve in CURVES for name in results
+    if name == curve or (curve.endswith("@") and name.startswith(curve))
+  ]  # fmt: skip
   rest = sorted(set(results) - set(first))
   shown = [parts.line_chart(name, results[name]) for name in first]
   folded = [parts.line_chart(name, results[name]) for name in rest]

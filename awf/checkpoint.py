@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -119,11 +120,11 @@ class Checkpointer:
     folder = self.directory / str(step)
     if json.loads((folder / _MANIFEST).read_text()) != _digests(folder):
       raise BrokenCheckpointError("its files are not those that were written")
-    meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     self._check(step, meta, _layout(_arrays(template)))
     abstract = {name: _abstract(leaf) for name, leaf in _arrays(template).items()}
     items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    arrays = self._manager.restore(step, args=items).state
+    arrays = self._manager.restore(step, args=items)["state"]
     return step, _rebuild(template, arrays), meta["extra"]
 
   def _check(self, step: int, meta: dict[str, Any], expected: dict[str, list]) -> None:
@@ -149,7 +150,7 @@ class Checkpointer:
 
 
 def _is_key(leaf: Any) -> bool:
-  return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _arrays(state: Any) -> dict[str, Any]:

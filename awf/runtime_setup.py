@@ -43,7 +43,9 @@ def setup_jax() -> None:
   import jax  # not before the sandbox's zygote has started
 
   directory = cache_dir()
-  if directory is None or jax.config.jax_compilation_cache_dir:  # pyright: ignore
+  # Options are attributes from the import on; the class does not declare them.
+  own = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+  if directory is None or own:
     return
   try:
     directory.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,10 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(
-  data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # no stub
 ) -> Mesh:
   """Makes the mesh ("data", "fsdp", "tensor") over the devices; one size may be -1 (what is left).
 

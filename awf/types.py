@@ -14,10 +14,18 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
+
+if TYPE_CHECKING:
+  import jax
+  import numpy as np
 
 FAILURE_KINDS = ("format", "policy", "timeout", "memory", "crash", "wrong", "infrastructure")
 FailureKind = Literal["format", "policy", "timeout", "memory", "crash", "wrong", "infrastructure"]
+
+# Of a struct that the host fills (NumPy) and a compiled program reads (JAX): Work[np.ndarray] and
+# Work[jax.Array].
+ArrayT = TypeVar("ArrayT", "np.ndarray", "jax.Array")
 
 
 class UserError(ValueError):

@@ -9,31 +9,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Generic
 
 import jax
 import numpy as np
 
-from awf.types import Rollout
+from awf.types import ArrayT, Rollout
 
 _GRAIN = 512  # bin sizes are multiples of it
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(Generic[ArrayT]):
   """Z steps of B bins of T tokens; U = T targets per bin at most. Padding is 0."""
 
-  tokens_ZBT: np.ndarray  # int32
-  segments_ZBT: np.ndarray  # int32, sequence of each token; 0 is padding
-  parents_ZBT: np.ndarray  # int32, a completion's prompt
-  positions_ZBT: np.ndarray  # int32, rotary positions
-  source_ZBU: np.ndarray  # int32, where in the bin the target is predicted from
-  target_ZBU: np.ndarray  # int32, the completion's token
-  is_target_ZBU: np.ndarray  # bool
-  row_ZBU: np.ndarray  # int32, index of the rollout
-  column_ZBU: np.ndarray  # int32, index of the token in its completion
-  num_targets_Z: np.ndarray  # int32, the most targets of any bin of the step
-  num_steps: np.ndarray  # int32 scalar, steps with content; the rest is padding
+  tokens_ZBT: ArrayT  # int32
+  segments_ZBT: ArrayT  # int32, sequence of each token; 0 is padding
+  parents_ZBT: ArrayT  # int32, a completion's prompt
+  positions_ZBT: ArrayT  # int32, rotary positions
+  source_ZBU: ArrayT  # int32, where in the bin the target is predicted from
+  target_ZBU: ArrayT  # int32, the completion's token
+  is_target_ZBU: ArrayT  # bool
+  row_ZBU: ArrayT  # int32, index of the rollout
+  column_ZBU: ArrayT  # int32, index of the token in its completion
+  num_targets_Z: ArrayT  # int32, the most targets of any bin of the step
+  num_steps: ArrayT  # int32 scalar, steps with content; the rest is padding
 
   @property
   def num_tokens(self) -> int:
@@ -64,7 +65,7 @@ def make_batch(
   size: int,
   bins_per_step: int = 1,
   min_steps: int = 1,
-) -> Batch:
+) -> Batch[np.ndarray]:
   """Packs some of the rollouts.
 
   Args:
@@ -88,7 +89,7 @@ def make_batch(
     at = divmod(number, bins_per_step)
     count = _write_bin({name: x[at] for name, x in arrays.items()}, full, rollouts)
     num_targets_Z[at[0]] = max(num_targets_Z[at[0]], count)
-  return Batch(**arrays, num_targets_Z=num_targets_Z, num_steps=np.int32(num_steps))
+  return Batch(**arrays, num_targets_Z=num_targets_Z, num_steps=np.array(num_steps, np.int32))
 
 
 def _fill_bins(rollouts: Sequence[Rollout], rows: Sequence[int], size: int) -> list[_Bin]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from awf.types import UserError
 
@@ -96,7 +97,7 @@ class OptimConfig:
     return cls(**fields)
 
 
-def learning_rate_at(optim: OptimConfig, step: jax.Array) -> jax.Array:
+def learning_rate_at(optim: OptimConfig, step: ArrayLike) -> jax.Array:
   """Learning rate of the 0-based `step`: linear warm-up, then constant, or decay to zero."""
   step = jnp.asarray(step, jnp.float32)
   warm = jnp.minimum(1.0, (step + 1.0) / max(1, optim.warmup_steps))

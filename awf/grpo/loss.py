@@ -76,7 +76,7 @@ def _nll(kernel, hidden, target, weight, with_grad, with_kernel_grad, chunk):
   d_kernel = jnp.zeros(kernel.shape if with_kernel_grad else (), jnp.float32)
   xs = (_chunks(hidden, chunk), _chunks(target, chunk), _chunks(weight, chunk))
   (total, d_kernel), d_hidden = jax.lax.scan(one, (jnp.float32(0), d_kernel), xs)
-  if with_grad:
+  if d_hidden is not None:
     d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
   return total, d_kernel, d_hidden
 

@@ -26,6 +26,7 @@ from awf.types import UserError
 __all__ = ["SFTState", "SFTTrainer", "batches", "pack_examples"]
 
 Batch = dict[str, np.ndarray]
+Traced = dict[str, jax.Array]  # a Batch inside a compiled step
 MICRO_TOKENS = (
   1024  # activations of one pass stay near the caches of a CPU; measured best for the nano model
 )
@@ -78,7 +79,8 @@ class SFTTrainer:
     if weights == "lora" and (lora is None or lora_config is None):
       raise ValueError("weights='lora' needs the LoRA tree to train and its config")
     self.config, self.optim, self.mesh, self.weights = model_config, optim, mesh, weights
-    self.micro_tokens, self._lora_config = micro_tokens, lora_config
+    self.micro_tokens = micro_tokens
+    self._lora_config = lora_config if weights == "lora" else None
     self._is_flat = prefers_blocks(mesh)  # rows of a micro batch laid end to end
     self._model = Qwen(model_config, remat=remat)
     self._base = params if weights == "lora" else {}
@@ -167,9 +169,9 @@ class SFTTrainer:
 
     return {k: split(np.asarray(v)) for k, v in batch.items()}, num_micro
 
-  def _micro_loss(self, weights: Any, base: Any, batch: Batch) -> jax.Array:
+  def _micro_loss(self, weights: Any, base: Any, batch: Traced) -> jax.Array:
     """Sum over one micro batch of weight x NLL of each token given those before it."""
-    if self.weights == "all":
+    if self._lora_config is None:
       variables = {"params": weights}
     else:
       variables = {"params": base, "lora": scaled(weights, self._lora_config)}
@@ -190,13 +192,13 @@ class SFTTrainer:
       kernel, hidden.reshape(-1, hidden.shape[-1]), target, weight, self.weights == "all"
     )
 
-  def _batch_loss(self, weights: Any, base: Any, batch: Batch, num_micro: int) -> jax.Array:
+  def _batch_loss(self, weights: Any, base: Any, batch: Traced, num_micro: int) -> jax.Array:
     del num_micro
     total = jnp.maximum(jnp.sum(batch["weights_BT"]), 1e-9)
     losses = jax.lax.map(lambda b: self._micro_loss(weights, base, b), batch)
     return jnp.sum(losses) / total
 
-  def _train_step(self, state: SFTState, base: Any, batch: Batch, num_micro: int):
+  def _train_step(self, state: SFTState, base: Any, batch: Traced, num_micro: int):
     self.traces += 1
     total = jnp.maximum(jnp.sum(batch["weights_BT"]), 1e-9)
     value_and_grad = jax.value_and_grad(self._micro_loss)

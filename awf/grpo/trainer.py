@@ -165,7 +165,7 @@ class GRPOTrainer:
         out[row][column] = logp
     return out
 
-  def _batch(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> Batch:
+  def _batch(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> Batch[np.ndarray]:
     self._size = bin_size([rollouts[i] for i in rows], self._size)
     batch = make_batch(rollouts, rows, self._size, self._bins, self._num_steps)
     self._num_steps = batch.tokens_ZBT.shape[0]
@@ -177,7 +177,9 @@ class GRPOTrainer:
     whole = replicated(self.mesh)
     return jax.tree.map(lambda x: jax.device_put(x, rows if np.ndim(x) > 1 else whole), tree)
 
-  def _forward(self, lora: Any, base: Any, bins: Batch, data: Any, scalars: Any):
+  def _forward(
+    self, lora: Any, base: Any, bins: Batch[jax.Array], data: Any, scalars: Any
+  ) -> tuple[jax.Array, Any]:
     """Loss and per-token aux of one step's bins (leaves [B, ...])."""
     if self._has_blocks:
       attend = block_attend(bins.segments_ZBT[0], bins.parents_ZBT[0])
@@ -193,7 +195,7 @@ class GRPOTrainer:
     kernel = jax.lax.stop_gradient(head_kernel(base))
     return head_loss(kernel, hidden_BUD, data, scalars, num_targets, self._token_loss, self._chunk)
 
-  def _score_batch(self, lora: Any, base: Any, batch: Batch) -> jax.Array:
+  def _score_batch(self, lora: Any, base: Any, batch: Batch[jax.Array]) -> jax.Array:
     """Log-probs [Z, B, U] of the targets."""
     steps = dataclasses.replace(batch, num_steps=None)
     scalars = {"has_old": jnp.bool_(False), "total": jnp.float32(1)}
@@ -207,7 +209,9 @@ class GRPOTrainer:
 
     return jax.lax.fori_loop(0, batch.num_steps, one, jnp.zeros(batch.target_ZBU.shape))
 
-  def _train_step(self, state: TrainState, base: Any, batch: Batch, data: Any, scalars: Any):
+  def _train_step(
+    self, state: TrainState, base: Any, batch: Batch[jax.Array], data: Any, scalars: Any
+  ):
     self.traces += 1
     steps = dataclasses.replace(batch, num_steps=None)
     loss_and_grad = jax.value_and_grad(self._forward, has_aux=True)
@@ -290,7 +294,7 @@ def _rollout_metrics(rollouts: Sequence[Rollout], advantages: Advantages) -> dic
   return metrics
 
 
-def _targets(batch: Batch, values_ZBU: np.ndarray):
+def _targets(batch: Batch[np.ndarray], values_ZBU: np.ndarray):
   """(row, column, value) of each target."""
   keep = batch.is_target_ZBU
   return zip(
@@ -299,7 +303,7 @@ def _targets(batch: Batch, values_ZBU: np.ndarray):
 
 
 def _sampling_metrics(
-  batch: Batch, rollouts: Sequence[Rollout], old_logp_ZBU: np.ndarray
+  batch: Batch[np.ndarray], rollouts: Sequence[Rollout], old_logp_ZBU: np.ndarray
 ) -> dict[str, float]:
   """How far the sampler's recorded log-probs are from the learner's before the first step."""
   diff = np.array(

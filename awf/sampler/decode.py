@@ -7,16 +7,18 @@ are static, so sampling fields, stop ids, seeds, lengths and work lists never co
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Generic, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from awf.qwen.config import QwenConfig
-from awf.qwen.model import Qwen, head
+from awf.qwen.model import Attend, Qwen, head
 from awf.sampler.cache import Cache, copy_chunks, decode_attend, prefill_attend
 from awf.sampler.draw import draw, uniforms
 from awf.sampler.request import MAX_STOP_IDS
+from awf.types import ArrayT
 
 IDLE, RUNNING, STOPPED, FULL = 0, 1, 2, 3  # status of a row
 
@@ -52,18 +54,18 @@ class Shapes:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Work:
+class Work(Generic[ArrayT]):
   """What the host asks of one dispatch; every array has one fixed shape."""
 
-  table_BX: np.ndarray  # int32 [rows, NUM_COLUMNS]
-  tokens_CPT: np.ndarray  # int32 [calls, blocks, block], prompt tokens to prefill
-  place_CP3: np.ndarray  # int32 [calls, blocks, 3]: cache row, first position, adapter
-  copies_X3: np.ndarray  # int32 [rows * chunks, 3]: source row, target row, chunk
+  table_BX: ArrayT  # int32 [rows, NUM_COLUMNS]
+  tokens_CPT: ArrayT  # int32 [calls, blocks, block], prompt tokens to prefill
+  place_CP3: ArrayT  # int32 [calls, blocks, 3]: cache row, first position, adapter
+  copies_X3: ArrayT  # int32 [rows * chunks, 3]: source row, target row, chunk
   # int32 [4]: prefill calls, copies, decode steps, finished rows that end the loop early
-  counts_4: np.ndarray
+  counts_4: ArrayT
 
 
-def empty_work(shapes: Shapes) -> Work:
+def empty_work(shapes: Shapes) -> Work[np.ndarray]:
   """A Work that does nothing; all prefill blocks are padding."""
   place = np.zeros((shapes.calls, shapes.blocks, 3), np.int32)
   place[..., 0] = shapes.rows + shapes.pool
@@ -87,11 +89,24 @@ class Rows:
   made_B: jax.Array  # int32, tokens drawn so far
 
 
-def _variables(params, lora):
-  return {"params": params} if lora is None else {"params": params, "lora": lora}
+def _forward(
+  model: Qwen,
+  weights: tuple[Any, Any],
+  tokens_BT: jax.Array,
+  positions_BT: jax.Array,
+  attend: Attend,
+  cache: Cache,
+  adapter_B: jax.Array,
+) -> tuple[jax.Array, Cache]:
+  """Hidden states and the cache with the new keys and values; `weights` is (params, lora)."""
+  params, lora = weights
+  variables = {"params": params} if lora is None else {"params": params, "lora": lora}
+  # `apply` gives the output alone, as no collection is mutable; its type cannot say so.
+  out = model.apply(variables, tokens_BT, positions_BT, attend, cache, adapter_B)
+  return cast(tuple[jax.Array, Cache], out)
 
 
-def _prefill(config: QwenConfig, params, lora, cache: Cache, work: Work) -> Cache:
+def _prefill(config: QwenConfig, params, lora, cache: Cache, work: Work[jax.Array]) -> Cache:
   model = Qwen(config)
 
   def call(i, cache):
@@ -99,15 +114,12 @@ def _prefill(config: QwenConfig, params, lora, cache: Cache, work: Work) -> Cach
     tokens_PT = work.tokens_CPT[i]
     position_PT = start_P[:, None] + jnp.arange(tokens_PT.shape[1], dtype=jnp.int32)[None]
     attend = prefill_attend(row_P, start_P)
-    _, cache = model.apply(
-      _variables(params, lora), tokens_PT, position_PT, attend, cache, adapter_P
-    )
-    return cache
+    return _forward(model, (params, lora), tokens_PT, position_PT, attend, cache, adapter_P)[1]
 
   return jax.lax.fori_loop(0, work.counts_4[0], call, cache)
 
 
-def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work: Work):
+def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work: Work[jax.Array]):
   """Runs decode steps until the step count, all rows at rest, or enough rows finished."""
   model = Qwen(config)
   table = work.table_BX
@@ -136,8 +148,8 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
     i, cache, rows, out_S2B = carry
     is_running_B = rows.status_B == RUNNING
     attend = decode_attend(rows.position_B, is_running_B, shapes.group)
-    hidden_B1D, cache = model.apply(
-      _variables(params, lora),
+    hidden_B1D, cache = _forward(
+      model, (params, lora),
       rows.token_B[:, None], rows.position_B[:, None], attend, cache, column("adapter"),
     )  # fmt: skip
     logits_BV = head(params, hidden_B1D[:, 0])
@@ -165,7 +177,7 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
   return cache, jnp.concatenate([out_S2B.reshape(-1, shapes.rows), tail])
 
 
-def dispatch(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work: Work):
+def dispatch(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work: Work[jax.Array]):
   """Prefills into the pool, copies prompts to their rows, decodes.
 
   Returns:

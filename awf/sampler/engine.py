@@ -235,11 +235,11 @@ class Engine:
     self._busy_seconds += time.perf_counter() - began
     self._counts["dispatches"] += 1
     self._counts["steps"] += int(packed[-1, 0])
-    for job in scheduler.harvest(packed):
+    for job, outputs in scheduler.harvest(packed):
       self._counts["completions"] += job.request.n
       self._counts["prompt_tokens"] += len(job.request.prompt_ids)
-      self._counts["tokens"] += sum(len(output.token_ids) for output in job.outputs)
-      job.future.set_result(job.outputs)
+      self._counts["tokens"] += sum(len(output.token_ids) for output in outputs)
+      job.future.set_result(outputs)
     return True
 
   def _drop_old_adapters(self) -> None:

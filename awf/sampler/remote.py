@@ -8,10 +8,11 @@ from typing import Any
 
 import httpx
 
+from awf.sampler.request import FinishReason
 from awf.types import Completion, SamplingParams, UserError
 
 RETRIED = (408, 409, 429, 500, 502, 503, 504)
-_REASONS = {"length": "length", "stop": "stop"}
+_REASONS: dict[str, FinishReason] = {"length": "length", "stop": "stop"}
 
 
 class RemoteError(RuntimeError):
@@ -61,7 +62,8 @@ class RemoteLLM:
       base_url=base_url.rstrip("/") + "/", headers=headers, timeout=timeout, transport=transport
     )
     self._slots = asyncio.Semaphore(concurrency)
-    self._counts = dict.fromkeys(("requests", "retries", "prompt_tokens", "tokens"), 0)
+    names = ("requests", "retries", "prompt_tokens", "tokens")
+    self._counts: dict[str, int] = dict.fromkeys(names, 0)
 
   async def complete(
     self, messages: list[dict[str, str]], sampling: SamplingParams, key: int, adapter: int = 0
@@ -101,7 +103,7 @@ class RemoteLLM:
     usage = answer.get("usage") or {}
     self._counts["prompt_tokens"] += usage.get("prompt_tokens", 0)
     self._counts["tokens"] += usage.get("completion_tokens", 0)
-    return Completion((), (), (), text, _REASONS.get(reason, "stop"))  # pyright: ignore
+    return Completion((), (), (), text, _REASONS.get(reason, "stop"))
 
   def stats(self) -> dict[str, int]:
     """Requests, retries and the tokens that the endpoint reported."""

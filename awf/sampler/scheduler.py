@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Hashable
 from concurrent.futures import Future
 
 import numpy as np
@@ -28,6 +27,8 @@ from awf.sampler.decode import (
 )
 from awf.sampler.request import MAX_STOP_IDS, Output, Request
 
+PromptKey = tuple[tuple[int, ...], int, int | None]  # prompt ids, adapter, version
+
 
 @dataclasses.dataclass
 class Job:
@@ -39,8 +40,13 @@ class Job:
   outputs: list[Output | None]
 
   @property
-  def prompt_key(self) -> Hashable:
+  def prompt_key(self) -> PromptKey:
     return (self.request.prompt_ids, self.request.adapter, self.version)
+
+  def answer(self) -> list[Output] | None:
+    """The outputs in order of sample, or None while one is missing."""
+    there = [output for output in self.outputs if output is not None]
+    return there if len(there) == len(self.outputs) else None
 
 
 @dataclasses.dataclass
@@ -60,7 +66,7 @@ class Scheduler:
     self.shapes, self.context = shapes, context
     self.pending: collections.deque[Sequence] = collections.deque()
     self.rows: list[Sequence | None] = [None] * shapes.rows
-    self.pool: collections.OrderedDict[Hashable, int] = collections.OrderedDict()
+    self.pool: collections.OrderedDict[PromptKey, int] = collections.OrderedDict()
     self.free_pool = list(range(shapes.rows, shapes.rows + shapes.pool))
     self.version = 0  # of the adapters that running rows use
     self.prompt_hits = self.prompt_misses = self.prefill_tokens = 0
@@ -75,7 +81,7 @@ class Scheduler:
     """Queues all completions of a job."""
     self.pending.extend(Sequence(job, i) for i in range(job.request.n))
 
-  def plan(self) -> Work | None:
+  def plan(self) -> Work[np.ndarray] | None:
     """Admits what fits and lists the device's work; None when there is nothing to do."""
     work = empty_work(self.shapes)
     blocks: list[tuple[int, int, int, tuple[int, ...]]] = []  # (start, cache row, adapter, tokens)
@@ -136,7 +142,7 @@ class Scheduler:
     self._start_row(row, sequence)
     return True
 
-  def _claim_pool_row(self, key: Hashable, in_use: set[int]) -> int | None:
+  def _claim_pool_row(self, key: PromptKey, in_use: set[int]) -> int | None:
     """A pool row for a new prompt: a free one, else the least recently used one not in use."""
     if self.free_pool:
       self.pool[key] = self.free_pool.pop()
@@ -205,7 +211,7 @@ class Scheduler:
     line[COLUMN["stop"] :] = stops + (-1,) * (MAX_STOP_IDS - len(stops))
     self.rows[row] = sequence
 
-  def _list_blocks(self, work: Work, blocks) -> None:
+  def _list_blocks(self, work: Work[np.ndarray], blocks) -> None:
     """Fills the prefill calls in order of position: a block never comes before its prefix."""
     blocks.sort(key=lambda block: block[0])
     for i, (start, row, adapter, tokens) in enumerate(blocks):
@@ -213,8 +219,8 @@ class Scheduler:
       work.place_CP3[call, slot] = row, start, adapter
       work.tokens_CPT[call, slot, : len(tokens)] = tokens
 
-  def harvest(self, packed: np.ndarray) -> list[Job]:
-    """Takes over one dispatch's result; returns the jobs that are complete now."""
+  def harvest(self, packed: np.ndarray) -> list[tuple[Job, list[Output]]]:
+    """Takes over one dispatch's result; returns the jobs that are complete now, with answers."""
     ids_SB, logp_SB, status_B, made_B, steps = unpack(packed, self.shapes.steps)
     done = []
     for row, sequence in enumerate(self.rows):
@@ -236,6 +242,7 @@ class Scheduler:
         job.outputs[sequence.sample] = Output(
           tuple(sequence.token_ids), tuple(sequence.logprobs), reason
         )
-        if all(output is not None for output in job.outputs):
-          done.append(job)
+        answer = job.answer()
+        if answer is not None:
+          done.append((job, answer))
     return done

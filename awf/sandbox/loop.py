@@ -44,6 +44,8 @@ class DeterministicLoop(asyncio.base_events.BaseEventLoop):
     deliver: blocks for the next reply and hands it to its future.
   """
 
+  _scheduled: list[asyncio.TimerHandle]  # the base's heap of timers; its type stub leaves it out
+
   def __init__(self, outstanding: Callable[[], bool], deliver: Callable[[], None]) -> None:
     super().__init__()
     self._selector = _IdlePoint(self)

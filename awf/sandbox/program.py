@@ -179,8 +179,8 @@ def decode_value(value: Any) -> Any:
     return value
   if "@" not in value:
     return {key: decode_value(entry) for key, entry in value.items()}
-  kind, body = value["@"], value.get("v")
   try:
+    kind, body = value["@"], value["v"]
     if kind == "float" and body in ("nan", "inf", "-inf"):
       return float(body)
     if kind == "dict":

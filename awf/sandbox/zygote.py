@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from awf.sandbox import child, frames, jail
@@ -196,7 +197,7 @@ def _too_full(directory: str) -> bool:
   return False
 
 
-def _preload(names: list[str], *, optional: bool) -> list[str]:
+def _preload(names: Sequence[str], *, optional: bool) -> list[str]:
   missing = []
   for name in names:
     try:

@@ -118,10 +118,11 @@ def load_starts(path: str) -> tuple[WorkflowSource, ...]:
       data = json.loads(line)
     except json.JSONDecodeError as e:
       raise UserError(f"config.search.starts: {path} line {number} is not JSON: {e.msg}") from None
-    texts = [data.get(k) if isinstance(data, dict) else None for k in ("graph", "prompt")]
-    if not all(isinstance(t, str) for t in texts):
+    fields = data if isinstance(data, dict) else {}
+    graph, prompt = fields.get("graph"), fields.get("prompt")
+    if not (isinstance(graph, str) and isinstance(prompt, str)):
       raise UserError(
         f'config.search.starts: {path} line {number}: expected {{"graph": text, "prompt": text}}'
       )
-    starts.append(WorkflowSource(*texts))
+    starts.append(WorkflowSource(graph, prompt))
   return tuple(starts)

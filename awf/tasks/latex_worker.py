@@ -27,7 +27,8 @@ def main(memory_bytes: int) -> None:
       f"${text}$",
       extraction_config=[LatexExtractionConfig()],
       fallback_mode="no_fallback",
-      parsing_timeout=None,  # the parent's limit holds
+      # None: the parent's limit holds. The library takes it, its annotation leaves it out.
+      parsing_timeout=None,  # pyright: ignore[reportArgumentType]
     )
 
   sys.stdout.write("ready\n")

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from awf.qwen.config import QwenConfig
+from awf.qwen.config import QwenConfig, Yarn
 from awf.qwen.quant import (
   Kernel,
   QuantKernel,
@@ -105,12 +105,19 @@ class RMSNorm(nn.Module):
     return (scale * x32).astype(self.dtype)
 
 
-def rope(x_BTxH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+def rope(
+  x_BTxH: jax.Array, positions_BT: jax.Array, theta: float, yarn: Yarn | None = None
+) -> jax.Array:
   """Rotary position embedding; halves rotate against each other, as Hugging Face's rotate_half."""
   half = x_BTxH.shape[-1] // 2
-  freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if yarn is None:
+    freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  else:
+    freq = jnp.asarray(yarn.frequencies(2 * half, theta))
   angle = positions_BT.astype(jnp.float32)[..., None, None] * freq[None, None, None]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
+  if yarn is not None:
+    cos, sin = cos * yarn.attention_factor, sin * yarn.attention_factor
   x1, x2 = jnp.split(x_BTxH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTxH.dtype)
 
@@ -168,7 +175,7 @@ class Block(nn.Module):
     if c.qk_norm:
       q = RMSNorm(c.rms_norm_eps, dtype, name="q_norm")(q)
       key = RMSNorm(c.rms_norm_eps, dtype, name="k_norm")(key)
-    q, key = rope(q, positions_BT, c.rope_theta), rope(key, positions_BT, c.rope_theta)
+    q, key = (rope(x, positions_BT, c.rope_theta, c.yarn) for x in (q, key))
     out, cache = attend(self.layer, q, key, v, cache)
     x_BTD = x_BTD + linear("o_proj", c.hidden_size)(out.reshape(b, t, n * h), adapter_B)
 

@@ -17,7 +17,9 @@ compiler does it tile by tile; a CPU holds one cast matrix at a time.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -28,6 +30,9 @@ import numpy as np
 from awf.types import UserError
 
 METHODS = ("none", "int8", "int4")
+CHUNK_VALUES = 1 << 18  # values that are floats at a time while a matrix is loaded: fits a cache
+_TINY = 1e-30  # rows below it are zero: their inverse scale would overflow
+_THREADS = 8
 _LARGEST = {"int8": 127, "int4": 7}
 _STORED = {"int8": np.dtype(np.int8), "int4": np.dtype(ml_dtypes.int4)}
 
@@ -235,14 +240,45 @@ def quantise_rows(rows: np.ndarray, method: str, group: int = 0) -> tuple[np.nda
     (integers [out, in] as int8 or int4, scale float32 [out] or [out, groups]). A row of zeros has
     scale 0.
   """
-  largest = _LARGEST[method]
-  wide = np.asarray(rows, np.float32)
+  largest = np.float32(_LARGEST[method])
+  wide = np.array(rows, np.float32)  # a copy: worked on in place
   wide = wide.reshape(wide.shape[0], -1, group) if method == "int4" else wide[:, None]
-  scale = np.maximum(wide.max(axis=-1), -wide.min(axis=-1)) / np.float32(largest)
-  inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
-  integers = np.rint(wide * inverse[..., None]).astype(np.int8).reshape(rows.shape)
-  np.clip(integers, -largest, largest, out=integers)
+  scale = np.maximum(wide.max(axis=-1), -wide.min(axis=-1)) / largest
+  if not np.isfinite(scale).all():
+    raise UserError("config.model.path: the weights hold values that are not finite")
+  inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > _TINY)
+  np.multiply(wide, inverse[..., None], out=wide)
+  integers = np.rint(wide, out=wide).astype(np.int8).reshape(rows.shape)
   return integers.astype(_STORED[method], copy=False), scale if method == "int4" else scale[:, 0]
+
+
+def quantise_stored(
+  read: Callable[[int, int], np.ndarray], shape: tuple[int, int], kind: np.dtype, group: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Quantises a matrix that is read a few rows at a time, so that its floats never exist at once.
+
+  Args:
+    read: (start, stop) -> float rows [stop - start, in].
+    shape: (out, in) as stored.
+    kind: int8 or int4.
+    group: inputs per scale in int4.
+
+  Returns:
+    (integers [out, in], scale float32 [out] or [out, groups]).
+  """
+  method = "int8" if kind == np.int8 else "int4"
+  num_out, num_in = shape
+  integers = np.empty(shape, kind)
+  scale = np.empty((num_out, num_in // group) if method == "int4" else num_out, np.float32)
+
+  def part(start: int) -> None:
+    stop = min(start + step, num_out)
+    integers[start:stop], scale[start:stop] = quantise_rows(read(start, stop), method, group)
+
+  step = max(1, CHUNK_VALUES // num_in)
+  with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+    list(pool.map(part, range(0, num_out, step)))
+  return integers, scale
 
 
 def quantise(params: Mapping[str, Any], quant: QuantConfig) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def bench_update(config: ConfigDict) -> dict[str, Any]:
       f"config.bench.batch = {bench.batch}: expected a multiple of the group of {group} rows "
       "(config.bench.group, or config.grpo.group_size where that is 1)"
     )
-  lora_config = LoRAConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+  lora_config = LoRAConfig.from_config(config.lora)
   key_lora, key = jax.random.split(jax.random.key(config.seed))
   grpo = dataclasses.replace(GRPOConfig.from_config(config.grpo), group_size=group)
   trainer = GRPOTrainer(

@@ -145,6 +145,7 @@ RULES: dict[str, Rule] = {
   "sft.length": at_least(8),
   "sft.prompt_weight": _SHARE,
   "sft.log_every": at_least(1),
+  "generate.sampling": one_of("config", "checkpoint"),
   "bench.what": one_of("sampler", "update", "workflow"),
   "bench.batch": at_least(1),
   "bench.prompt": at_least(1),

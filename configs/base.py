@@ -45,7 +45,9 @@ def base_config() -> ConfigDict:
       rank=16,
       alpha=32.0,
       targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+      rslora=False,  # scale alpha / sqrt(rank) instead of alpha / rank
       init_path="",  # a PEFT adapter to start from
+      paths=(),  # NAME=DIR: further PEFT adapters beside the policy's, chosen by name (generate)
     )
   )
   # The policy's sampling, and the shape of the engine that the executor shares.
@@ -181,6 +183,9 @@ def base_config() -> ConfigDict:
       save_dtype="float32",
       log_every=20,
     )
+  )
+  c.generate = ConfigDict(
+    dict(sampling="config")  # config.sampler's, or the checkpoint's generation_config.json
   )
   c.bench = ConfigDict(
     dict(what="sampler", batch=16, prompt=128, new=128, group=1, lengths="fixed", repeats=5)

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,29 @@ class Stored:
 class Shards:
   """All tensors of a directory by name; only headers are read at first.
 
+  Args:
+    folder: the directory.
+    files: safetensors files in it; None finds a model's.
+    field: config field that messages name.
+
   Attributes:
     tensors: name -> Stored, in the order of files and offsets.
+    metadata: free text fields of the files' headers.
 
   Raises:
     UserError: no weights, or a file that is missing, cut short or no safetensors file.
   """
 
-  def __init__(self, folder: Path) -> None:
-    self.folder = folder
+  def __init__(
+    self, folder: Path, files: Sequence[Path] | None = None, field: str = "config.model.path"
+  ) -> None:
+    self.folder, self._field = folder, field
     self.tensors: dict[str, Stored] = {}
-    for file in _files(folder):
-      self.tensors |= _header(file)
+    self.metadata: dict[str, Any] = {}
+    for file in _files(folder) if files is None else files:
+      tensors, metadata = _header(file, field)
+      self.tensors |= tensors
+      self.metadata |= metadata
 
   def rows(self, name: str, start: int, stop: int) -> np.ndarray:
     """Rows start ... stop - 1 of a tensor, in its stored type."""
@@ -60,7 +72,7 @@ class Shards:
       values = np.fromfile(stored.file, kind, (stop - start) * width, offset=offset)
       return values.reshape(stop - start, *stored.shape[1:])
     except (OSError, ValueError) as error:
-      raise UserError(f"config.model.path: {stored.file} cannot be read: {error}") from error
+      raise UserError(f"{self._field}: {stored.file} cannot be read: {error}") from error
 
   def fingerprint(self) -> str:
     """Hex digest of names, shapes and a sample of each tensor's values.
@@ -131,16 +143,14 @@ def _partial(folder: Path, name: str) -> str:
   return ""
 
 
-def _header(file: Path) -> dict[str, Stored]:
-  """The tensors of one file, in the order of their bytes; its size is checked."""
-  size = file.stat().st_size
+def _header(file: Path, field: str) -> tuple[dict[str, Stored], dict[str, Any]]:
+  """The tensors of one file, in the order of their bytes, and its metadata; its size is checked."""
 
   def broken(reason: str) -> UserError:
-    return UserError(
-      f"config.model.path: {file} cannot be read: {reason}; download or copy it again"
-    )
+    return UserError(f"{field}: {file} cannot be read: {reason}; download or copy it again")
 
   try:
+    size = file.stat().st_size
     with file.open("rb") as opened:
       length = int.from_bytes(opened.read(8), "little")
       text = opened.read(length) if 2 <= length <= min(_MAX_HEADER, size - 8) else b""
@@ -150,7 +160,7 @@ def _header(file: Path) -> dict[str, Stored]:
     raise broken(f"no safetensors header in its {size} bytes")
   try:
     header = json.loads(text)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
     tensors = {
       name: (entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
       for name, entry in header.items()
@@ -167,6 +177,7 @@ def _header(file: Path) -> dict[str, Stored]:
         f"{name} has {stop - start} bytes, its shape {shape} and type {code} need others"
       )
   ordered = sorted(tensors.items(), key=lambda item: item[1][2])
-  return {
+  stored = {
     name: Stored(file, code, shape, data + start) for name, (code, shape, start, _) in ordered
   }
+  return stored, dict(metadata)

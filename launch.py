@@ -71,6 +71,7 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
     try:
       result = dict(function(config, workdir, **extra))
     except UserError:
+      workdir.discard()
       raise
     except Exception:
       log.exception("%s failed", command.mode)  # run.log keeps the traceback

@@ -8,6 +8,7 @@ on the same arrays. Subclass it for an own policy: `prompt_ids` decides what the
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from awf.config_io import find_path
 from awf.qwen import hf
 from awf.qwen.config import QwenConfig
-from awf.qwen.lora import Lora, LoRAConfig, init_lora, scaled, stack_adapters
+from awf.qwen.lora import Lora, LoRAConfig, count, init_lora, scaled, stack_adapters, widen
 from awf.qwen.model import Qwen, head
-from awf.qwen.peft import load_adapter, save_adapter
+from awf.qwen.peft import load_adapter, named_paths, save_adapter
+from awf.qwen.quant import QuantConfig
 from awf.qwen.tokenizer import Tokenizer, load_tokenizer
 from awf.sampler.engine import Engine, Output, Request
 from awf.sharding import tree_shardings
@@ -30,12 +33,14 @@ from awf.types import Completion, SamplingParams, UserError, stable_hash
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
+log = logging.getLogger("awf")
+
 BASE, ADAPTER = 0, 1  # adapter indices of the engine
 _CHUNK = 128  # positions whose logits exist at a time while scoring
 
 
 class QwenPolicy:
-  """A base model with one adapter; implements `awf.types.LLM`.
+  """A base model with its own adapter, and others by name; implements `awf.types.LLM`.
 
   Attributes:
     config: architecture.
@@ -44,7 +49,11 @@ class QwenPolicy:
     lora: the adapter, not scaled, or None for the bare base.
     lora_config: its rank, alpha and targets.
     engine: the sampler.
+    base_name, base_fingerprint: of the base's checkpoint, kept in saved adapters; "" when unknown.
   """
+
+  base_name = ""
+  base_fingerprint = ""
 
   def __init__(
     self,
@@ -57,6 +66,7 @@ class QwenPolicy:
   ) -> None:
     self.config, self.params, self.tokenizer = config, params, tokenizer
     self.lora_config, self.engine = lora_config, engine
+    self._others: dict[str, Lora] = {}  # scaled, by name
     self.set_lora(lora)
 
   @classmethod
@@ -70,25 +80,20 @@ class QwenPolicy:
     Raises:
       UserError: a checkpoint, adapter or field that cannot be used, named.
     """
-    if config.model.quant != "none":
-      raise UserError(f"config.model.quant: expected 'none', got {config.model.quant!r}")
+    quant = QuantConfig.from_config(config.model)
     path = hf.resolve_path(config.model.path)
     model_config = hf.load_config(path, dtype_name(config.model.compute_dtype, "compute_dtype"))
     tokenizer = load_tokenizer(path)
     _check_sizes(config, model_config, tokenizer)
-    params = hf.load_params(path, model_config, dtype_name(config.model.dtype, "dtype"), mesh)
-    lora_config = LoRAConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
-    if config.lora.init_path:
-      lora, found = load_adapter(config.lora.init_path, model_config)
-      if _comparable(found) != _comparable(lora_config):
-        raise UserError(
-          f"config.lora: {config.lora.init_path} has {found}, the config asks for {lora_config}; "
-          "set config.lora.rank, alpha and targets to the adapter's"
-        )
-    else:
-      lora = init_lora(
-        model_config, lora_config, jax.random.key(stable_hash(config.seed, "lora") >> 32)
-      )
+    dtype = dtype_name(config.model.dtype, "dtype")
+    params = hf.load_params(path, model_config, dtype, mesh, quant)
+    lora_config = LoRAConfig.from_config(config.lora)
+    base = hf.fingerprint(path)
+    others = {
+      name: load_adapter(find_path(folder), model_config, f"config.lora.paths ({name})", base)
+      for name, folder in named_paths(config.lora.paths).items()
+    }
+    lora = initial_lora(config, model_config, lora_config, base)
     engine = Engine(
       model_config,
       params,
@@ -101,13 +106,60 @@ class QwenPolicy:
       mesh=mesh,
     )
     lora = jax.device_put(lora, tree_shardings(lora, mesh)) if mesh is not None else lora
-    return cls(model_config, params, tokenizer, lora, lora_config, engine)
+    policy = cls(model_config, params, tokenizer, lora, lora_config, engine)
+    policy.base_name, policy.base_fingerprint = str(config.model.path), base
+    policy.add_adapters({name: scaled(*found) for name, found in others.items()})
+    log.info(
+      "adapter of rank %d: %d trainable parameters, %.3f %% of the base",
+      lora_config.rank, policy.trainable_parameters, 100 * policy.trainable_share,
+    )  # fmt: skip
+    return policy
 
   def set_lora(self, lora: Lora | None) -> None:
     """Puts an adapter in place for requests submitted from now on; None leaves the base alone."""
     own = None if lora is None else scaled(lora, self.lora_config)
     self.lora, self._scaled = lora, own
-    self.engine.set_adapters(None if own is None else stack_adapters([own]))
+    if own is None and not self._others:
+      self.engine.set_adapters(None)
+      return
+    adapters = widen([own or {}, *self._others.values()]) if self._others else [own]
+    stacked = stack_adapters(adapters)
+    if self.engine.mesh is not None:
+      stacked = jax.device_put(stacked, tree_shardings(stacked, self.engine.mesh))
+    self.engine.set_adapters(stacked)
+
+  def add_adapters(self, adapters: dict[str, Lora]) -> None:
+    """Puts further scaled adapters beside the own one; each row of a batch picks its own by name.
+
+    Their ranks and targets may differ. They serve requests submitted from now on.
+    """
+    if adapters:
+      self._others |= adapters
+      self.set_lora(self.lora)
+
+  def adapter_index(self, name: str) -> int:
+    """The engine's index of an adapter: "base", "policy", or a name of `add_adapters`.
+
+    Raises:
+      UserError: no adapter of that name.
+    """
+    known = ["base", "policy", *self._others]
+    if name not in known or (name == "policy" and self.lora is None):
+      raise UserError(
+        f"adapter {name!r} is not loaded; expected one of {', '.join(known)}: add it to "
+        "config.lora.paths as NAME=DIR"
+      )
+    return known.index(name)
+
+  @property
+  def trainable_parameters(self) -> int:
+    """Numbers of the own adapter."""
+    return 0 if self.lora is None else count(self.lora)
+
+  @property
+  def trainable_share(self) -> float:
+    """The own adapter's numbers as a share of the base's."""
+    return self.trainable_parameters / self.config.num_parameters
 
   def prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
     """Ids of a chat up to the assistant's turn."""
@@ -137,8 +189,9 @@ class QwenPolicy:
     self, prompt_ids: Sequence[int], sampling: SamplingParams, key: int, n: int, adapter: int
   ) -> Request:
     """An engine request that also stops at the tokenizer's end-of-turn ids."""
-    if adapter != BASE and (self.lora is None or adapter != ADAPTER):
-      raise ValueError(f"adapter: expected 0 (base) or 1 (a set adapter), got {adapter}")
+    is_set = adapter == BASE or (adapter == ADAPTER and self.lora is not None)
+    if not (is_set or ADAPTER < adapter <= ADAPTER + len(self._others)):
+      raise ValueError(f"adapter: expected 0 (base) or the index of a set one, got {adapter}")
     return Request(
       prompt_ids=tuple(prompt_ids),
       n=n,
@@ -200,7 +253,7 @@ class QwenPolicy:
     """
     if self.lora is None:
       raise ValueError("this policy has no adapter to save")
-    save_adapter(path, self.lora, self.lora_config)
+    save_adapter(path, self.lora, self.lora_config, self.base_name, self.base_fingerprint)
 
   def load(self, path: str | os.PathLike[str]) -> None:
     """Reads a PEFT directory and puts its adapter in place.
@@ -208,7 +261,7 @@ class QwenPolicy:
     Raises:
       UserError: the adapter does not fit the model.
     """
-    lora, self.lora_config = load_adapter(path, self.config, field=str(path))
+    lora, self.lora_config = load_adapter(path, self.config, str(path), self.base_fingerprint)
     self.set_lora(lora)
 
   def close(self) -> None:
@@ -233,8 +286,34 @@ def _score(config, params, lora, tokens_BT, temperature):
   return jax.lax.map(chunk, parts).reshape(-1)
 
 
-def _comparable(config: LoRAConfig) -> tuple[int, float, frozenset[str]]:
-  return config.rank, config.alpha, frozenset(config.targets)
+def initial_lora(
+  config: ConfigDict, model_config: QwenConfig, lora_config: LoRAConfig, base: str = ""
+) -> Lora:
+  """The adapter that training starts from: that of `config.lora.init_path`, or a new one.
+
+  Args:
+    config: resolved config.
+    model_config: architecture of the base.
+    lora_config: what the config asks for.
+    base: fingerprint of the base; "" does not compare it.
+
+  Raises:
+    UserError: the adapter differs from what the config asks for, or belongs to another base.
+  """
+  if not config.lora.init_path:
+    key = jax.random.key(stable_hash(config.seed, "lora") >> 32)
+    return init_lora(model_config, lora_config, key)
+  lora, found = load_adapter(config.lora.init_path, model_config, base_fingerprint=base)
+  if _comparable(found) != _comparable(lora_config):
+    raise UserError(
+      f"config.lora: {config.lora.init_path} has {found}, the config asks for {lora_config}; "
+      "set config.lora.rank, alpha, targets and rslora to the adapter's"
+    )
+  return lora
+
+
+def _comparable(config: LoRAConfig) -> tuple[int, float, bool, frozenset[str]]:
+  return config.rank, config.alpha, config.rslora, frozenset(config.targets)
 
 
 def dtype_name(name: str, field: str) -> str:
@@ -261,3 +340,8 @@ def _check_sizes(config: ConfigDict, model_config: QwenConfig, tokenizer: Tokeni
       f"config.model.path: the tokenizer knows {tokenizer.vocab_size} ids, the model only "
       f"{model_config.vocab_size}; expected files of one checkpoint"
     )
+  if tokenizer.vocab_size < model_config.vocab_size:
+    log.info(
+      "the vocabulary is padded: %d ids beyond the tokenizer's %d have no text",
+      model_config.vocab_size - tokenizer.vocab_size, tokenizer.vocab_size,
+    )  # fmt: skip

@@ -16,16 +16,17 @@ from awf.checkpoint import Checkpointer
 from awf.grpo.config import OptimConfig
 from awf.grpo.sft import SFTTrainer, batches, pack_examples
 from awf.metrics import MetricsLogger
-from awf.policy import dtype_name
+from awf.policy import dtype_name, initial_lora
 from awf.qwen import hf
 from awf.qwen.config import QwenConfig
-from awf.qwen.lora import LoRAConfig, init_lora
+from awf.qwen.lora import Lora, LoRAConfig, count
 from awf.qwen.model import init_params
 from awf.qwen.peft import save_adapter
+from awf.qwen.quant import QuantConfig
 from awf.qwen.tokenizer import Tokenizer, load_tokenizer
 from awf.runtime_setup import setup_jax
 from awf.sharding import make_mesh
-from awf.types import UserError, stable_hash
+from awf.types import UserError
 
 log = logging.getLogger("awf")
 
@@ -43,9 +44,13 @@ def run_sft(config: ConfigDict, workdir: Any) -> dict[str, Any]:
   _check_save(config)
   examples = read_examples(sft.path, tokenizer, sft.steps * sft.batch * sft.length)
   packed = pack_examples(examples, sft.length, sft.prompt_weight, config.seed)
-  lora_config = LoRAConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
-  key = jax.random.key(stable_hash(config.seed, "lora") >> 32)
-  lora = init_lora(model_config, lora_config, key) if sft.weights == "lora" else None
+  lora_config = LoRAConfig.from_config(config.lora)
+  lora = None
+  if sft.weights == "lora":
+    lora = initial_lora(config, model_config, lora_config, hf.fingerprint(config.model.path))
+  share = _trainable_share(lora, model_config)
+  workdir.add_to_record(trainable_share=share)
+  log.info("%.3f %% of the parameters are trained", 100 * share)
   mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
   trainer = SFTTrainer(
     model_config,
@@ -85,9 +90,15 @@ def run_sft(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     "steps": sft.steps,
     "examples": len(examples),
     "parameters": model_config.num_parameters,
+    "trainable_share": _trainable_share(lora, model_config),
     "saved": saved,
     "wall_seconds": round(time.perf_counter() - start, 1),
   }
+
+
+def _trainable_share(lora: Lora | None, model_config: QwenConfig) -> float:
+  """Trained numbers as a share of the base's; all weights are 1."""
+  return 1.0 if lora is None else count(lora) / model_config.num_parameters
 
 
 def load_or_init(config: ConfigDict) -> tuple[QwenConfig, Any, Tokenizer]:
@@ -96,7 +107,8 @@ def load_or_init(config: ConfigDict) -> tuple[QwenConfig, Any, Tokenizer]:
   if config.model.path:
     path = hf.resolve_path(config.model.path)
     model_config = hf.load_config(path, dtype)
-    params = hf.load_params(path, model_config, dtype_name(config.model.dtype, "dtype"))
+    stored, quant = dtype_name(config.model.dtype, "dtype"), QuantConfig.from_config(config.model)
+    params = hf.load_params(path, model_config, stored, quant=quant)
     return model_config, params, load_tokenizer(config.model.tokenizer or path)
   if not config.model.architecture.vocab_size or not config.model.tokenizer:
     raise UserError(
@@ -183,7 +195,8 @@ def _save(config, workdir, trainer, model_config, tokenizer, lora_config) -> str
   """Writes the result: a Hugging Face checkpoint, or a PEFT adapter."""
   folder = Path(config.sft.save or workdir / "model")
   if config.sft.weights == "lora":
-    save_adapter(folder, trainer.params, lora_config)
+    base = hf.fingerprint(config.model.path)
+    save_adapter(folder, trainer.params, lora_config, str(config.model.path), base)
     return str(folder)
   hf.save_checkpoint(
     folder,

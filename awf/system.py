@@ -60,6 +60,11 @@ class System:
     self.mesh = make_mesh(**config.mesh)
     single = self.mesh.size == 1
     self.policy = QwenPolicy.from_config(config, None if single else self.mesh)
+    self.policy.prompt_ids([{"role": "user", "content": "?"}])  # no chat template: said now
+    self.workdir.add_to_record(
+      trainable_parameters=self.policy.trainable_parameters,
+      trainable_share=self.policy.trainable_share,
+    )
     self._runners: dict[int, Any] = {}
     log.info(
       "model %s (%.1fM parameters), %d validation and %d test problems",

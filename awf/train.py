@@ -215,6 +215,7 @@ class Loop:
       "test_score_best": tested["best"]["score"],
       "test_interval_best": tested["best"]["interval"],
       **figures,
+      "trainable_share": self.system.policy.trainable_share,
       "updates": p.updates,
       "skipped_updates": p.skipped,
       "rounds": p.step,

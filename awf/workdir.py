@@ -40,6 +40,7 @@ OPERATIONAL = (
   "sft.save",
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+_OWN = ("config.json", "run.log", ".lock")  # what a run writes before it does anything
 _SHOWN = 6  # differing fields named in one message
 
 
@@ -50,6 +51,7 @@ class Workdir(os.PathLike):
     self.path = Path(path).expanduser()
     self._lock: int | None = None
     self._handler: logging.Handler | None = None
+    self._is_fresh = self._made_folder = False
 
   def __fspath__(self) -> str:
     return str(self.path)
@@ -110,6 +112,7 @@ class Workdir(os.PathLike):
     """
     found = self.record()
     self._check_agreement(found, config, mode)  # before anything is created or locked
+    self._is_fresh, self._made_folder = found is None, not self.path.exists()
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._take_lock()
@@ -134,10 +137,23 @@ class Workdir(os.PathLike):
     import jax  # not before the sandbox's zygote has started
 
     kinds = [d.device_kind for d in jax.devices()]
-    found = self.record() or {}
-    found["devices"] = {k: kinds.count(k) for k in sorted(set(kinds))}
-    found["backend"] = jax.default_backend()
-    self._write(found)
+    counts = {k: kinds.count(k) for k in sorted(set(kinds))}
+    self.add_to_record(devices=counts, backend=jax.default_backend())
+
+  def add_to_record(self, **facts: Any) -> None:
+    """Adds what is known after the start to config.json; nothing where DIR is not this run's."""
+    if self._lock is not None:
+      self._write({**(self.record() or {}), **facts})
+
+  def discard(self) -> None:
+    """Takes a run that failed before it did anything out of DIR again: nothing was written."""
+    if not self._is_fresh or any(p.name not in _OWN for p in self.path.iterdir()):
+      return
+    self.close()
+    for name in _OWN:
+      (self.path / name).unlink(missing_ok=True)
+    if self._made_folder:
+      self.path.rmdir()
 
   def close(self) -> None:
     """Gives DIR back; run.log is complete afterwards."""

@@ -17,7 +17,9 @@ def base_config() -> ConfigDict:
       path="",  # Hugging Face directory (or hub id); "" only where a config says so
       dtype="auto",  # stored dtype of the base: auto = float32 on CPU, bfloat16 elsewhere
       compute_dtype="auto",  # auto = float32 on CPU, bfloat16 elsewhere
-      quant="none",  # none
+      quant="none",  # none, int8 (per output channel), int4 (by groups); the base is frozen then
+      quant_group=128,  # int4: inputs that share a scale
+      quant_embedding=True,  # int8 embedding and head too; False leaves them in dtype
       tokenizer="",  # directory or .model file; "" = the checkpoint's own
       # Only for a model made from nothing (mode sft, empty path): fields of
       # awf.qwen.config.QwenConfig.
@@ -43,7 +45,9 @@ def base_config() -> ConfigDict:
       rank=16,
       alpha=32.0,
       targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+      rslora=False,  # scale alpha / sqrt(rank) instead of alpha / rank
       init_path="",  # a PEFT adapter to start from
+      paths=(),  # NAME=DIR: further PEFT adapters beside the policy's, chosen by name (generate)
     )
   )
   # The policy's sampling, and the shape of the engine that the executor shares.
@@ -179,6 +183,9 @@ def base_config() -> ConfigDict:
       save_dtype="float32",
       log_every=20,
     )
+  )
+  c.generate = ConfigDict(
+    dict(sampling="config")  # config.sampler's, or the checkpoint's generation_config.json
   )
   c.bench = ConfigDict(
     dict(what="sampler", batch=16, prompt=128, new=128, group=1, lengths="fixed", repeats=5)

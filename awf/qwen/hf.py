@@ -2,188 +2,50 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from awf.qwen.config import QwenConfig
-from awf.qwen.lora import parent_module, target_shapes
-from awf.sharding import spec_for
+from awf.qwen.hf_config import config_json, generation_defaults, load_config
+from awf.qwen.hub import resolve_path
+from awf.qwen.layout import (
+  DTYPES,
+  Tensor,
+  Where,
+  checkpoint_layout,
+  get,
+  leaves_of,
+  put,
+  sharding_of,
+)
+from awf.qwen.quant import CHUNK_VALUES, QuantConfig, num_bytes, quantise_stored
+from awf.qwen.shards import FLOATS, Shards
 from awf.types import UserError
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+__all__ = [
+  "DTYPES", "SHARD_BYTES", "base_hash", "check_weights", "checkpoint_layout", "fingerprint",
+  "generation_defaults", "load_config", "load_params", "read_float", "resolve_path",
+  "save_checkpoint", "write_checkpoint",
+]  # fmt: skip
+
+log = logging.getLogger("awf")
+
 SHARD_BYTES = 4 * 2**30  # largest weight file that is written
-_FLOAT_CODES = ("F32", "BF16", "F16")
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a constant that old checkpoints carried along
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "tokenizer.model", "*.jinja")
-_SIZES = (
-  "vocab_size",
-  "hidden_size",
-  "intermediate_size",
-  "num_hidden_layers",
-  "num_attention_heads",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-  """One of our parameters in a checkpoint: its name there, our shape, transposed or not."""
-
-  name: str
-  shape: tuple[int, ...]
-  is_transposed: bool = False
-
-  @property
-  def stored_shape(self) -> tuple[int, ...]:
-    return self.shape[::-1] if self.is_transposed else self.shape
-
-
-def resolve_path(path: str | os.PathLike[str]) -> Path:
-  """The local directory of a checkpoint; a hub id (owner/name) is downloaded or cached.
-
-  Raises:
-    UserError: no such directory, and no such model can be had from the hub.
-  """
-  folder = Path(path).expanduser()
-  if str(path) and folder.is_dir():
-    return folder
-  if not _HUB_ID.fullmatch(str(path)):
-    raise UserError(
-      f"config.model.path: expected a Hugging Face directory or hub id (owner/name), got {path!r}"
-    )
-  import httpx
-  import huggingface_hub
-
-  try:
-    return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(_HUB_FILES)))
-  except (OSError, ValueError, httpx.HTTPError, huggingface_hub.errors.HfHubHTTPError) as error:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    raise UserError(
-      f"config.model.path: {str(path)!r} is no local directory and could not be downloaded "
-      f"({reason[0]}); pass a local copy with --config.model.path=DIR, or run "
-      "--config=configs/quickstart.py, which needs no download"
-    ) from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-  try:
-    data = json.loads(file.read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
-    raise UserError(f"config.model.path: {file.name} is missing in {file.parent}") from error
-  except ValueError as error:
-    raise UserError(f"config.model.path: {file} is not valid JSON: {error}") from error
-  if not isinstance(data, dict):
-    raise UserError(f"config.model.path: {file} must hold a JSON object")
-  return data
-
-
-def load_config(path: str | os.PathLike[str], dtype: str = "float32") -> QwenConfig:
-  """The architecture of a checkpoint.
-
-  Args:
-    path: directory or hub id.
-    dtype: compute dtype of the returned config.
-
-  Raises:
-    UserError: another architecture (named), or a switch that is not built (named).
-
-  Source: transformers configuration_qwen2.py and configuration_qwen3.py, including their defaults.
-  """
-  folder = resolve_path(path)
-  raw = _read_json(folder / "config.json")
-  family = str(raw.get("model_type", "missing"))
-  refused = _refusals(raw, family)
-  if refused:
-    raise UserError(
-      f"config.model.path: {folder} needs {'; '.join(refused)}; "
-      "expected a dense Qwen2, Qwen2.5 or Qwen3 checkpoint"
-    )
-  missing = [name for name in _SIZES if not isinstance(raw.get(name), int)]
-  if missing:
-    raise UserError(f"config.model.path: {folder}/config.json lacks {', '.join(missing)}")
-  heads = raw["num_attention_heads"]
-  head_dim = raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads)
-  rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-  try:
-    return QwenConfig(
-      **{name: raw[name] for name in _SIZES},
-      num_key_value_heads=raw.get("num_key_value_heads") or heads,
-      head_dim=head_dim,
-      family=family,
-      rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-      rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-      tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-      max_position_embeddings=int(raw.get("max_position_embeddings", 32768)),
-      dtype=dtype,
-    )
-  except ValueError as error:
-    raise UserError(f"config.model.path: {folder}/config.json: {error}") from error
-
-
-def _refusals(raw: Mapping[str, Any], family: str) -> list[str]:
-  """Names of the features of a config.json that this program does not have."""
-  if family not in ("qwen2", "qwen3"):
-    kind = "mixture of experts" if "moe" in family else "model_type"
-    return [f"{kind} {family!r}"]
-  found = []
-  if raw.get("num_experts"):
-    found.append(f"mixture of experts (num_experts {raw['num_experts']})")
-  layers = raw.get("num_hidden_layers", 0)
-  window = raw.get("use_sliding_window") and raw.get("sliding_window", 4096)
-  kinds = raw.get("layer_types")
-  if kinds is None and window and raw.get("max_window_layers", 28) < layers:
-    kinds = ["sliding_attention"]
-  if window and kinds and set(kinds) != {"full_attention"}:
-    found.append(f"sliding window attention (use_sliding_window, window {window})")
-  for field in ("rope_scaling", "rope_parameters"):
-    rope = raw.get(field) or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-      found.append(f"rope scaling ({field} {kind!r})")
-  if raw.get("hidden_act", "silu") != "silu":
-    found.append(f"hidden_act {raw['hidden_act']!r}")
-  if family == "qwen3" and raw.get("attention_bias"):
-    found.append("attention_bias in a qwen3 model")
-  if raw.get("quantization_config"):
-    method = raw["quantization_config"].get("quant_method", "unknown")
-    found.append(f"quantised weights (quant_method {method!r})")
-  return found
-
-
-def checkpoint_layout(config: QwenConfig) -> dict[tuple[str, ...], _Tensor]:
-  """Our parameter path -> tensor of a Hugging Face checkpoint, in file order."""
-  c, d = config, config.hidden_size
-  layout: dict[tuple[str, ...], _Tensor] = {}
-  layout["embed", "embedding"] = _Tensor("model.embed_tokens.weight", (c.vocab_size, d))
-  norms = {"input_layernorm": d, "post_attention_layernorm": d}
-  if c.qk_norm:
-    norms |= {"self_attn.q_norm": c.head_dim, "self_attn.k_norm": c.head_dim}
-  for i in range(c.num_hidden_layers):
-    ours, theirs = f"layers_{i}", f"model.layers.{i}"
-    for name, shape in target_shapes(c).items():
-      prefix = f"{theirs}.{parent_module(name)}.{name}"
-      layout[ours, name, "kernel"] = _Tensor(f"{prefix}.weight", shape, True)
-      if c.qkv_bias and name in ("q_proj", "k_proj", "v_proj"):
-        layout[ours, name, "bias"] = _Tensor(f"{prefix}.bias", shape[1:])
-    for name, size in norms.items():
-      layout[ours, name.rpartition(".")[2], "scale"] = _Tensor(f"{theirs}.{name}.weight", (size,))
-  layout["norm", "scale"] = _Tensor("model.norm.weight", (d,))
-  if not c.tie_word_embeddings:
-    layout["lm_head", "kernel"] = _Tensor("lm_head.weight", (d, c.vocab_size), True)
-  return layout
+_SHOWN = 20  # ill tensors named in one message
 
 
 def load_params(
@@ -191,97 +53,128 @@ def load_params(
   config: QwenConfig,
   dtype: str = "float32",
   mesh: Mesh | None = None,
+  quant: QuantConfig | None = None,
 ) -> dict[str, Any]:
   """Reads the weights, tensor by tensor, onto the default device or sharded over a mesh.
+
+  Beside the result the host holds one tensor in its final layout and a few rows as floats; a device
+  gets its own part alone.
 
   Args:
     path: directory or hub id, with model.safetensors or shards and their index.
     config: the architecture, of `load_config`.
     dtype: stored dtype: float32, bfloat16 or float16.
     mesh: where the parameters live; None is the default device.
+    quant: the layout to load them in; None is the float one.
 
   Raises:
     UserError: all missing, unexpected and ill-shaped tensors in one message, or an unreadable file.
   """
   if dtype not in DTYPES:
     raise UserError(f"config.model.dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-  folder = resolve_path(path)
-  layout = checkpoint_layout(config)
-  with _Reader(folder) as reader:
-    problems = _compare(layout, reader, config.tie_word_embeddings)
-    if problems:
-      more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
-      text = "; ".join(problems[:20] + more)
-      raise UserError(f"config.model.path: {folder} does not fit its config.json: {text}")
-    params: dict[str, Any] = {}
-    for where, tensor in layout.items():
-      array = reader.read(tensor.name)
-      array = (array.T if tensor.is_transposed else array).astype(DTYPES[dtype], copy=False)
-      sharding = NamedSharding(mesh, spec_for("/".join(where), array.shape, mesh)) if mesh else None
-      _put(params, where, jax.device_put(np.ascontiguousarray(array), sharding))
+  folder, quant = resolve_path(path), quant or QuantConfig()
+  began, layout = time.perf_counter(), checkpoint_layout(config)
+  leaves = {where: leaves_of(where, t.shape, DTYPES[dtype], quant) for where, t in layout.items()}
+  shards = check_weights(folder, config)
+  order = {name: i for i, name in enumerate(shards.tensors)}  # one file after the other
+  params: dict[str, Any] = {}
+  for where, tensor in sorted(layout.items(), key=lambda item: order[item[1].name]):
+    for leaf, part in _parts(shards, tensor, leaves[where], quant).items():
+      put(params, leaf, _place(leaf, leaves[where][leaf][0], part, mesh))
+  if num_bytes(params) > 1e9:
+    log.info("loaded %.1f GB in %.0f s", num_bytes(params) / 1e9, time.perf_counter() - began)
   return params
 
 
-def _put(tree: dict[str, Any], where: Sequence[str], leaf: Any) -> None:
-  for name in where[:-1]:
-    tree = tree.setdefault(name, {})
-  tree[where[-1]] = leaf
+_Part = Callable[[tuple[slice, ...]], np.ndarray]  # index -> that part of a leaf
 
 
-def _compare(layout: Mapping[Any, _Tensor], reader: _Reader, tied: bool) -> list[str]:
+def _parts(
+  shards: Shards, tensor: Tensor, leaves: Mapping, quant: QuantConfig
+) -> dict[Where, _Part]:
+  """For each leaf that a stored tensor becomes, how to get a part of it."""
+  (first, (_, kind)), *rest = leaves.items()
+  if not rest:
+    return {first: lambda index: read_float(shards, tensor, kind, index)}
+  integers, scale = quantise_stored(
+    lambda start, stop: shards.rows(tensor.name, start, stop),
+    shards.tensors[tensor.name].shape,
+    kind,
+    quant.group,
+  )
+  integers = integers.T if tensor.is_transposed else integers
+  return {
+    first: lambda index: np.ascontiguousarray(integers[index]),
+    rest[0][0]: lambda index: np.ascontiguousarray(scale.T[index]),
+  }
+
+
+def _place(where: Where, shape: Sequence[int], part: _Part, mesh: Mesh | None) -> jax.Array:
+  """Puts one leaf where it belongs, and waits: else the host would hold many of them."""
+  sharding = sharding_of(where, shape, mesh)
+  if sharding is None:
+    return jax.block_until_ready(jax.device_put(part((slice(None),) * len(shape))))
+  made: dict[str, np.ndarray] = {}
+
+  def once(index: tuple[slice, ...] | None) -> np.ndarray:
+    if index is None:
+      index = (slice(None),) * len(shape)
+    return made.setdefault(str(index), part(index)) if str(index) not in made else made[str(index)]
+
+  return jax.block_until_ready(jax.make_array_from_callback(tuple(shape), sharding, once))
+
+
+def read_float(
+  shards: Shards, tensor: Tensor, kind: Any, index: tuple[slice, ...] | None = None
+) -> np.ndarray:
+  """Part of a stored tensor in our orientation and dtype, a few rows at a time."""
+  index = (slice(None),) * len(tensor.shape) if index is None else index
+  ranges = [s.indices(size) for s, size in zip(index, tensor.shape, strict=True)]
+  ranges = ranges[::-1] if tensor.is_transposed else ranges
+  (start, stop, _), *columns = ranges
+  inner = tuple(slice(a, b) for a, b, _ in columns)
+  out = np.empty([b - a for a, b, _ in ranges][:: -1 if tensor.is_transposed else 1], kind)
+  rows = out.T if tensor.is_transposed else out
+  step = max(1, CHUNK_VALUES // int(np.prod(tensor.stored_shape[1:])))
+  for a in range(start, stop, step):
+    b = min(a + step, stop)
+    rows[a - start : b - start] = shards.rows(tensor.name, a, b)[(slice(None), *inner)]
+  return out
+
+
+def check_weights(folder: Path, config: QwenConfig) -> Shards:
+  """The weights of a checkpoint, after a look at their headers alone.
+
+  Raises:
+    UserError: all tensors that are missing, unexpected or ill-shaped, or an unreadable file.
+  """
+  shards = Shards(folder)
+  problems = _compare(checkpoint_layout(config), shards, config.tie_word_embeddings)
+  if problems:
+    more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    text = "; ".join(problems[:_SHOWN] + more)
+    raise UserError(f"config.model.path: {folder} does not fit its config.json: {text}")
+  return shards
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+  """Tells one base from another, whatever its sharding, float type or quantisation here."""
+  return Shards(resolve_path(path)).fingerprint()
+
+
+def _compare(layout: Mapping[Any, Tensor], shards: Shards, tied: bool) -> list[str]:
   """One sentence for each tensor that is missing, unexpected, ill-shaped or not of a float type."""
   wanted = {tensor.name: tensor.stored_shape for tensor in layout.values()}
-  problems = [f"{name} is missing" for name in wanted if name not in reader.names]
-  for name in reader.names:
+  problems = [f"{name} is missing" for name in wanted if name not in shards.tensors]
+  for name, stored in shards.tensors.items():
     if name in wanted:
-      shape, code = reader.describe(name)
-      if shape != wanted[name]:
-        problems.append(f"{name} has shape {shape}, expected {wanted[name]}")
-      if code not in _FLOAT_CODES:
-        problems.append(f"{name} has type {code}, expected one of {', '.join(_FLOAT_CODES)}")
+      if stored.shape != wanted[name]:
+        problems.append(f"{name} has shape {stored.shape}, expected {wanted[name]}")
+      if stored.code not in FLOATS:
+        problems.append(f"{name} has type {stored.code}, expected one of {', '.join(FLOATS)}")
     elif not (_IGNORED.search(name) or (tied and name == "lm_head.weight")):
       problems.append(f"{name} is unexpected")
   return problems
-
-
-class _Reader:
-  """The safetensors files of a directory as one mapping from tensor name to array."""
-
-  def __init__(self, folder: Path) -> None:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-      self._files = [single]
-    elif index.is_file():
-      names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-      self._files = [folder / name for name in names]
-    else:
-      raise UserError(
-        f"config.model.path: expected model.safetensors or model.safetensors.index.json in {folder}"
-      )
-    self._open: list[Any] = []
-    self.names: dict[str, Any] = {}
-
-  def __enter__(self) -> _Reader:
-    import safetensors
-
-    for file in self._files:
-      try:
-        opened = safetensors.safe_open(str(file), framework="np")
-      except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"config.model.path: {file} cannot be read: {error}") from error
-      self._open.append(opened)
-      self.names |= dict.fromkeys(opened.keys(), opened)
-    return self
-
-  def __exit__(self, *unused: object) -> None:
-    self.names, self._open = {}, []
-
-  def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-    part = self.names[name].get_slice(name)
-    return tuple(part.get_shape()), part.get_dtype()
-
-  def read(self, name: str) -> np.ndarray:
-    return self.names[name].get_tensor(name)
 
 
 def save_checkpoint(
@@ -294,17 +187,48 @@ def save_checkpoint(
   pad_id: int | None = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> None:
-  """Writes a checkpoint in Hugging Face's layout; config.json last, so half of one has none.
+  """Writes a model that was made here as a checkpoint in Hugging Face's layout.
 
   Args:
     path: directory, made if absent.
-    params: base parameters (no adapter).
+    params: base parameters (no adapter, not quantised).
     config: their architecture.
     tokenizer_files: copied under their own names.
     dtype: stored dtype.
     stop_ids: end-of-turn ids for config.json and generation_config.json.
     pad_id: pad id for the same files.
     shard_bytes: largest weight file; more are indexed.
+  """
+  ids = {"eos_token_id": list(stop_ids) or None, "pad_token_id": pad_id}
+  ids = {name: value for name, value in ids.items() if value is not None}
+  configs = (config_json(config, dtype) | ids, ids or None)
+  write_checkpoint(
+    path, lambda where: get(params, where), config, configs, tokenizer_files, dtype, shard_bytes
+  )
+
+
+def write_checkpoint(
+  path: str | os.PathLike[str],
+  source: Callable[[Where], Any],
+  config: QwenConfig,
+  configs: tuple[Mapping[str, Any], Mapping[str, Any] | None],
+  tokenizer_files: Iterable[str | os.PathLike[str]] = (),
+  dtype: str = "float32",
+  shard_bytes: int = SHARD_BYTES,
+) -> int:
+  """Writes a checkpoint, one weight file at a time; config.json last, so half of one has none.
+
+  Args:
+    path: directory, made if absent.
+    source: path of a parameter -> its array, in our orientation.
+    config: architecture.
+    configs: contents of config.json and, or None, of generation_config.json.
+    tokenizer_files: copied under their own names.
+    dtype: stored dtype.
+    shard_bytes: largest weight file; the host holds one at a time. More are indexed.
+
+  Returns:
+    Weight files written.
   """
   from safetensors.numpy import save_file
 
@@ -322,7 +246,7 @@ def save_checkpoint(
     name = name if len(shards) > 1 else "model.safetensors"
     tensors = {}
     for where, tensor in shard:
-      array = np.asarray(_leaf(params, where)).astype(DTYPES[dtype])
+      array = np.asarray(source(where)).astype(DTYPES[dtype], copy=False)
       if array.shape != tensor.shape:
         raise ValueError(f"{'/'.join(where)}: expected shape {tensor.shape}, got {array.shape}")
       tensors[tensor.name] = np.ascontiguousarray(array.T if tensor.is_transposed else array)
@@ -332,22 +256,15 @@ def save_checkpoint(
   if len(shards) > 1:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
-  ids = {"eos_token_id": list(stop_ids) or None, "pad_token_id": pad_id}
-  ids = {name: value for name, value in ids.items() if value is not None}
-  if ids:
-    _write_json(folder / "generation_config.json", ids)
-  _write_json(folder / "config.json", _config_json(config, dtype) | ids)
-
-
-def _leaf(tree: Mapping[str, Any], where: Sequence[str]) -> Any:
-  for name in where:
-    tree = tree[name]
-  return tree
+  if configs[1] is not None:
+    _write_json(folder / "generation_config.json", configs[1])
+  _write_json(folder / "config.json", configs[0])
+  return len(shards)
 
 
 def _shards(
-  layout: Mapping[tuple[str, ...], _Tensor], itemsize: int, limit: int
-) -> Iterator[list[tuple[tuple[str, ...], _Tensor]]]:
+  layout: Mapping[tuple[str, ...], Tensor], itemsize: int, limit: int
+) -> Iterator[list[tuple[tuple[str, ...], Tensor]]]:
   """Splits the layout, in order, into parts of at most `limit` bytes (one tensor at least)."""
   part, size = [], 0
   for where, tensor in layout.items():
@@ -358,14 +275,6 @@ def _shards(
     part.append((where, tensor))
     size += nbytes
   yield part
-
-
-def _config_json(config: QwenConfig, dtype: str) -> dict[str, Any]:
-  fields = dataclasses.asdict(config)
-  family = fields.pop("family")
-  fields |= {"model_type": family, "hidden_act": "silu", "use_sliding_window": False}
-  fields |= {"architectures": [family.capitalize() + "ForCausalLM"], "dtype": dtype}
-  return fields
 
 
 def _write_json(file: Path, data: Mapping[str, Any]) -> None:
@@ -385,7 +294,10 @@ def base_hash(params: Mapping[str, Any]) -> str:
 @jax.jit
 def _mix_bits(x: jax.Array) -> jax.Array:
   """Two 32-bit sums over all elements, each mixed with its index (MurmurHash3's finaliser)."""
-  bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+  if jnp.issubdtype(x.dtype, jnp.integer):
+    bits = x.astype(jnp.int32).astype(jnp.uint32)
+  else:
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
   index = jnp.zeros(x.shape, jnp.uint32)
   for axis, size in enumerate(x.shape):
     index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)

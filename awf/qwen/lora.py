@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from awf.qwen.config import QwenConfig
+from awf.qwen.quant import kernel_shape
 from awf.types import UserError
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -23,11 +24,20 @@ Lora = dict[str, dict[str, dict[str, jax.Array]]]  # layers_<l> -> projection ->
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-  """Rank R, scale alpha / R, and the projections that get an adapter."""
+  """Rank R, scale alpha / R (or alpha / sqrt(R)), and the projections that get an adapter.
+
+  Source: rank-stabilised scale, rsLoRA, arXiv:2312.03732.
+  """
 
   rank: int = 16
   alpha: float = 32.0
   targets: tuple[str, ...] = TARGETS
+  rslora: bool = False
+
+  @classmethod
+  def from_config(cls, lora: Any) -> LoRAConfig:
+    """From the `lora` part of a resolved config."""
+    return cls(lora.rank, lora.alpha, tuple(lora.targets), lora.rslora)
 
   def __post_init__(self) -> None:
     object.__setattr__(self, "targets", tuple(self.targets))
@@ -44,7 +54,7 @@ class LoRAConfig:
 
   @property
   def scale(self) -> float:
-    return self.alpha / self.rank
+    return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 def target_shapes(config: QwenConfig) -> dict[str, tuple[int, int]]:
@@ -84,7 +94,7 @@ def init_lora(base: QwenConfig | dict[str, Any], lora_config: LoRAConfig, key: j
     layers = {f"layers_{i}": one for i in range(base.num_hidden_layers)}
   else:
     layers = {
-      name: {target: tuple(layer[target]["kernel"].shape) for target in TARGETS}
+      name: {target: kernel_shape(layer[target]) for target in TARGETS}
       for name, layer in base.items()
       if name.startswith("layers_")
     }
@@ -103,7 +113,7 @@ def init_lora(base: QwenConfig | dict[str, Any], lora_config: LoRAConfig, key: j
 
 
 def scaled(lora: Lora, lora_config: LoRAConfig) -> Lora:
-  """The adapter as the model applies it: alpha / rank folded into `b`."""
+  """The adapter as the model applies it: its scale folded into `b`."""
   return {
     layer: {
       target: {"a": leaf["a"], "b": leaf["b"] * lora_config.scale}
@@ -128,8 +138,37 @@ def stack_adapters(adapters: Sequence[Lora]) -> Lora:
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
 
 
+def widen(adapters: Sequence[Lora]) -> list[Lora]:
+  """Scaled adapters of different ranks and targets in one shape, filled up with exact zeros."""
+  shapes: dict[tuple[str, str], list[int]] = {}  # (layer, target) -> in, out, largest rank
+  for adapter in adapters:
+    for layer, targets in adapter.items():
+      for target, leaf in targets.items():
+        (fan_in, rank), fan_out = leaf["a"].shape, leaf["b"].shape[1]
+        known = shapes.setdefault((layer, target), [fan_in, fan_out, 0])
+        known[2] = max(known[2], rank)
+
+  def fill(adapter: Lora) -> Lora:
+    wide: Lora = {}
+    for (layer, target), (fan_in, fan_out, rank) in shapes.items():
+      leaf = adapter.get(layer, {}).get(target)
+      if leaf is None:
+        leaf = {"a": jnp.zeros((fan_in, rank)), "b": jnp.zeros((rank, fan_out))}
+      missing = rank - leaf["a"].shape[1]
+      wide.setdefault(layer, {})[target] = {
+        "a": jnp.pad(leaf["a"], ((0, 0), (0, missing))),
+        "b": jnp.pad(leaf["b"], ((0, missing), (0, 0))),
+      }
+    return wide
+
+  return [fill(adapter) for adapter in adapters]
+
+
 def merge(params: dict[str, Any], scaled_lora: Lora) -> dict[str, Any]:
-  """Base parameters with a scaled adapter's `a @ b` added to the kernels, in their dtypes."""
+  """Base parameters with a scaled adapter's `a @ b` added to the kernels, in their dtypes.
+
+  The base must be a float one: what a quantised base would lose is not decided here.
+  """
   merged = dict(params)
   for layer, targets in scaled_lora.items():
     merged[layer] = dict(params[layer])

@@ -1,6 +1,7 @@
 """Qwen2 / Qwen2.5 / Qwen3 dense as one Flax Linen module.
 
-Parameters are nested dicts, one subtree per layer. LoRA is a second collection with the same paths:
+Parameters are nested dicts, one subtree per layer; a matrix may be quantised (awf.qwen.quant). LoRA
+is a second collection with the same paths:
 `apply({"params": base}, ...)` is the base, `apply({"params": base, "lora": lora}, ...)` the policy.
 A LoRA leaf is [in, R] / [R, out] (one adapter for all rows) or [A, in, R] / [A, R, out] (stacked;
 `adapter_B` says which adapter each row uses, 0 is the base). The factor alpha / rank is folded into
@@ -19,7 +20,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from awf.qwen.config import QwenConfig
+from awf.qwen.config import QwenConfig, Yarn
+from awf.qwen.quant import (
+  Kernel,
+  QuantKernel,
+  at_compute_dtype,
+  embedding_rows,
+  linear_kernel,
+  matmul,
+)
 
 # attend(layer, q_BTNH, k_BTKH, v_BTKH, cache_of_layer) -> (out_BTNH, cache_of_layer)
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -36,9 +45,14 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTi: jax.Array, adapter_B: jax.Array | None = None) -> jax.Array:
-    shape = (x_BTi.shape[-1], self.features)
-    kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
-    y = x_BTi @ kernel.astype(self.dtype)
+    if self.has_variable("params", "kernel_q"):
+      kernel: Kernel = QuantKernel(
+        self.get_variable("params", "kernel_q"), self.get_variable("params", "kernel_scale")
+      )
+    else:
+      shape = (x_BTi.shape[-1], self.features)
+      kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
+    y = matmul(x_BTi, at_compute_dtype(kernel, self.dtype))
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y = y + bias.astype(self.dtype)[None, None]
@@ -59,6 +73,23 @@ def lora_delta(x_BTi, a, b, adapter_B):
   return jnp.einsum("btar,aro->bto", low, b)
 
 
+class Embed(nn.Module):
+  """Rows of the table `embedding` [V, D], or of the quantised one."""
+
+  vocab_size: int
+  features: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+    if self.has_variable("params", "embedding_q"):
+      q, scale = (self.get_variable("params", f"embedding_{x}") for x in ("q", "scale"))
+      return embedding_rows(q, scale, tokens_BT, self.dtype)
+    shape = (self.vocab_size, self.features)
+    table = self.param("embedding", nn.initializers.normal(0.02), shape)
+    return jnp.take(table, tokens_BT, axis=0).astype(self.dtype)
+
+
 class RMSNorm(nn.Module):
   """Root-mean-square norm over the last axis, computed in float32."""
 
@@ -74,12 +105,19 @@ class RMSNorm(nn.Module):
     return (scale * x32).astype(self.dtype)
 
 
-def rope(x_BTxH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+def rope(
+  x_BTxH: jax.Array, positions_BT: jax.Array, theta: float, yarn: Yarn | None = None
+) -> jax.Array:
   """Rotary position embedding; halves rotate against each other, as Hugging Face's rotate_half."""
   half = x_BTxH.shape[-1] // 2
-  freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if yarn is None:
+    freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  else:
+    freq = jnp.asarray(yarn.frequencies(2 * half, theta))
   angle = positions_BT.astype(jnp.float32)[..., None, None] * freq[None, None, None]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
+  if yarn is not None:
+    cos, sin = cos * yarn.attention_factor, sin * yarn.attention_factor
   x1, x2 = jnp.split(x_BTxH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTxH.dtype)
 
@@ -137,7 +175,7 @@ class Block(nn.Module):
     if c.qk_norm:
       q = RMSNorm(c.rms_norm_eps, dtype, name="q_norm")(q)
       key = RMSNorm(c.rms_norm_eps, dtype, name="k_norm")(key)
-    q, key = rope(q, positions_BT, c.rope_theta), rope(key, positions_BT, c.rope_theta)
+    q, key = (rope(x, positions_BT, c.rope_theta, c.yarn) for x in (q, key))
     out, cache = attend(self.layer, q, key, v, cache)
     x_BTD = x_BTD + linear("o_proj", c.hidden_size)(out.reshape(b, t, n * h), adapter_B)
 
@@ -182,10 +220,7 @@ class Qwen(nn.Module):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     attend = attend or causal_attend(jnp.ones(tokens_BT.shape, jnp.int32))
     caches = caches or (None,) * c.num_hidden_layers
-    embed = nn.Embed(
-      c.vocab_size, c.hidden_size, name="embed", embedding_init=nn.initializers.normal(0.02)
-    )
-    x = jnp.take(embed.embedding, tokens_BT, axis=0).astype(dtype)
+    x = Embed(c.vocab_size, c.hidden_size, dtype, name="embed")(tokens_BT)
     if not c.tie_word_embeddings:
       _HeadWeights(c.vocab_size, name="lm_head")(c.hidden_size)
     block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
@@ -203,19 +238,25 @@ class _HeadWeights(nn.Module):
 
   @nn.compact
   def __call__(self, width: int) -> None:
+    if self.has_variable("params", "kernel_q"):
+      return
     self.param("kernel", nn.initializers.normal(0.02), (width, self.vocab_size))
 
 
-def head_kernel(params) -> jax.Array:
-  """[D, V] head weights: the untied kernel, or the embedding transposed."""
+def head_kernel(params) -> Kernel:
+  """[D, V] head weights: the untied kernel, or the embedding transposed; of either layout."""
   if "lm_head" in params:
-    return params["lm_head"]["kernel"]
-  return params["embed"]["embedding"].T
+    return linear_kernel(params["lm_head"])
+  embed = params["embed"]
+  if "embedding_q" in embed:
+    return QuantKernel(embed["embedding_q"], embed["embedding_scale"], is_transposed=True)
+  return embed["embedding"].T
 
 
 def head(params, hidden_xD: jax.Array) -> jax.Array:
   """Float32 logits [..., V] of hidden states [..., D]; for few positions, never a whole batch."""
-  return (hidden_xD @ head_kernel(params).astype(hidden_xD.dtype)).astype(jnp.float32)
+  kernel = at_compute_dtype(head_kernel(params), hidden_xD.dtype)
+  return matmul(hidden_xD, kernel).astype(jnp.float32)
 
 
 def init_params(config: QwenConfig, key: jax.Array):

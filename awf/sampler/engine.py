@@ -118,6 +118,11 @@ class Engine:
     spec = jax.sharding.PartitionSpec(None, None, "tensor" if split else None)
     return jax.jit(make, out_shardings=jax.sharding.NamedSharding(self._mesh, spec))()
 
+  @property
+  def mesh(self) -> jax.sharding.Mesh | None:
+    """Where the weights lie; None is the default device."""
+    return self._mesh
+
   # --- any thread
 
   def set_adapters(self, stacked_lora) -> None:

@@ -22,7 +22,7 @@ log = logging.getLogger("awf")
 SOURCES = ("prompt", "messages", "prompt_ids")
 _NUMBERS = {"temperature": "a number", "top_p": "a number"}
 _COUNTS = {name: "a whole number" for name in ("top_k", "max_new_tokens", "seed", "n")}
-FIELDS = (*SOURCES, *_NUMBERS, *_COUNTS, "stop_ids")
+FIELDS = (*SOURCES, *_NUMBERS, *_COUNTS, "stop_ids", "adapter")
 _REPORT_SECONDS = 10.0  # between two lines of progress
 
 
@@ -38,6 +38,8 @@ class PolicyLike(Protocol):
   def request(
     self, prompt_ids: Sequence[int], sampling: SamplingParams, key: int, n: int, adapter: int
   ) -> Request: ...
+
+  def adapter_index(self, name: str) -> int: ...
 
   def completion(self, request: Request, output: Output) -> Completion: ...
 
@@ -57,13 +59,14 @@ def run_generate(
     policy: model, tokenizer and engine.
     input: path of lines with one of `prompt` (raw text, special tokens in it are read as such),
       `messages` (a chat, completed by the assistant) and `prompt_ids`, and any of `temperature`,
-      `top_p`, `top_k`, `max_new_tokens`, `stop_ids`, `seed`, `n`. Blank lines are passed over.
+      `top_p`, `top_k`, `max_new_tokens`, `stop_ids`, `seed`, `n`, `adapter` (by name). Blank lines
+      are passed over.
     output: path to write; one line per completion, in input order, the n samples of a line side by
       side. `index` counts the input's objects from 0, `sample` a line's completions. It replaces an
       older file once all is done and is not touched before.
     sampling: for lines that do not say otherwise; a line's stop ids come on top of these.
     seed: a line's completions are a function of (seed, index), or of the line's own `seed`.
-    adapter: 0 is the base, 1 the policy's adapter.
+    adapter: for lines that name none; 0 is the base, 1 the policy's adapter.
 
   Returns:
     Counts `lines`, `completions`, `tokens` (drawn), then `tokens_per_second`, `wall_seconds` (with
@@ -169,7 +172,7 @@ def _check_type(name: str, value: Any) -> None:
     ok, expected = _is_int(value) or isinstance(value, float), _NUMBERS[name]
   elif name in _COUNTS:
     ok, expected = _is_int(value), _COUNTS[name]
-  elif name == "prompt":
+  elif name in ("prompt", "adapter"):
     ok, expected = isinstance(value, str) and value != "", "a text that is not empty"
   elif name == "messages":
     ok = isinstance(value, list) and all(isinstance(item, dict) for item in value)
@@ -217,6 +220,8 @@ def _make_request(
     top_k=min(fields.get("top_k", sampling.top_k), vocab_size),  # the whole vocabulary at most
     stop_ids=(*sampling.stop_ids, *stop_ids),
   )
+  if "adapter" in fields:
+    adapter = policy.adapter_index(fields["adapter"])
   return policy.request(ids, drawing, fields.get("seed", key), fields.get("n", 1), adapter)
 
 

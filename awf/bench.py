@@ -66,6 +66,7 @@ def run_bench(config: ConfigDict, workdir: Any) -> dict[str, Any]:
 def bench_sampler(config: ConfigDict) -> dict[str, Any]:
   """Generated tokens per second; the time covers prefill and decode of all rows."""
   model_config, params, mesh = _load(config)
+  from awf.qwen.quant import num_bytes
   from awf.sampler.engine import Engine
 
   bench, sampler = config.bench, config.sampler
@@ -94,10 +95,11 @@ def bench_sampler(config: ConfigDict) -> dict[str, Any]:
     engine.close()
   speeds = [tokens / s for tokens, s in zip(drawn[1:], seconds, strict=True)]
   speed = statistics.median(speeds)
-  weights = model_config.num_parameters * params["norm"]["scale"].dtype.itemsize
+  weights = num_bytes(params)
   return {
     "tokens_per_second": round(speed, 1),
     **_sizes(config),
+    "quant": config.model.quant,
     "rows": rows,
     "context": context,
     "strict": sampler.strict,
@@ -254,6 +256,7 @@ def _load(config: ConfigDict) -> tuple[QwenConfig, Any, Mesh]:
 
   from awf.policy import dtype_name
   from awf.qwen import hf
+  from awf.qwen.quant import QuantConfig
   from awf.runtime_setup import setup_jax
   from awf.sharding import make_mesh
 
@@ -262,7 +265,8 @@ def _load(config: ConfigDict) -> tuple[QwenConfig, Any, Mesh]:
   path = hf.resolve_path(config.model.path)
   model_config = hf.load_config(path, dtype_name(config.model.compute_dtype, "compute_dtype"))
   dtype = dtype_name(config.model.dtype, "dtype")
-  params = hf.load_params(path, model_config, dtype, _placement(mesh))
+  quant = QuantConfig.from_config(config.model)
+  params = hf.load_params(path, model_config, dtype, _placement(mesh), quant)
   return model_config, jax.block_until_ready(params), mesh
 
 
@@ -287,10 +291,13 @@ def _sizes(config: ConfigDict) -> dict[str, Any]:
 
 
 def _model_facts(model_config: QwenConfig, params: Any) -> dict[str, Any]:
+  from awf.qwen.quant import num_bytes
+
   return {
     "parameters": model_config.num_parameters,
     "dtype": str(params["norm"]["scale"].dtype),
     "compute_dtype": model_config.dtype,
+    "weight_gb": round(num_bytes(params) / 1e9, 3),
   }
 
 

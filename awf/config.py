@@ -61,7 +61,8 @@ RULES: dict[str, Rule] = {
   ),
   "model.dtype": _DTYPES,
   "model.compute_dtype": _DTYPES,
-  "model.quant": one_of("none"),
+  "model.quant": one_of("none", "int8", "int4"),
+  "model.quant_group": at_least(1),
   "model.architecture.family": one_of("qwen2", "qwen3"),
   "model.architecture.vocab_size": at_least(0),
   "sft.save_dtype": one_of("float32", "bfloat16", "float16"),
@@ -203,6 +204,11 @@ def _check_combinations(config: ConfigDict) -> None:
     raise UserError(
       f"config.bench.batch = {c.bench.batch} counts rows: expected a multiple of "
       f"config.bench.group = {c.bench.group}"
+    )
+  if c.model.quant != "none" and c.sft.weights == "all":
+    raise UserError(
+      f"config.model.quant = {c.model.quant!r}: a quantised base is frozen; set "
+      "config.model.quant=none, or config.sft.weights=lora"
     )
   sizes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
   if sizes.count(-1) > 1:

@@ -22,6 +22,7 @@ from awf.qwen.config import QwenConfig
 from awf.qwen.lora import Lora, LoRAConfig, init_lora, scaled, stack_adapters
 from awf.qwen.model import Qwen, head
 from awf.qwen.peft import load_adapter, save_adapter
+from awf.qwen.quant import QuantConfig
 from awf.qwen.tokenizer import Tokenizer, load_tokenizer
 from awf.sampler.engine import Engine, Output, Request
 from awf.sharding import tree_shardings
@@ -70,13 +71,13 @@ class QwenPolicy:
     Raises:
       UserError: a checkpoint, adapter or field that cannot be used, named.
     """
-    if config.model.quant != "none":
-      raise UserError(f"config.model.quant: expected 'none', got {config.model.quant!r}")
+    quant = QuantConfig.from_config(config.model)
     path = hf.resolve_path(config.model.path)
     model_config = hf.load_config(path, dtype_name(config.model.compute_dtype, "compute_dtype"))
     tokenizer = load_tokenizer(path)
     _check_sizes(config, model_config, tokenizer)
-    params = hf.load_params(path, model_config, dtype_name(config.model.dtype, "dtype"), mesh)
+    dtype = dtype_name(config.model.dtype, "dtype")
+    params = hf.load_params(path, model_config, dtype, mesh, quant)
     lora_config = LoRAConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
     if config.lora.init_path:
       lora, found = load_adapter(config.lora.init_path, model_config)

@@ -22,6 +22,7 @@ from awf.qwen.config import QwenConfig
 from awf.qwen.lora import LoRAConfig, init_lora
 from awf.qwen.model import init_params
 from awf.qwen.peft import save_adapter
+from awf.qwen.quant import QuantConfig
 from awf.qwen.tokenizer import Tokenizer, load_tokenizer
 from awf.runtime_setup import setup_jax
 from awf.sharding import make_mesh
@@ -96,7 +97,8 @@ def load_or_init(config: ConfigDict) -> tuple[QwenConfig, Any, Tokenizer]:
   if config.model.path:
     path = hf.resolve_path(config.model.path)
     model_config = hf.load_config(path, dtype)
-    params = hf.load_params(path, model_config, dtype_name(config.model.dtype, "dtype"))
+    stored, quant = dtype_name(config.model.dtype, "dtype"), QuantConfig.from_config(config.model)
+    params = hf.load_params(path, model_config, stored, quant=quant)
     return model_config, params, load_tokenizer(config.model.tokenizer or path)
   if not config.model.architecture.vocab_size or not config.model.tokenizer:
     raise UserError(

@@ -18,12 +18,17 @@ from awf.types import UserError
 AXES = ("data", "fsdp", "tensor")
 
 # First match wins. Kernels are [in, out]; LoRA a is [in, R], b is [R, out], stacked adapters lead
-# with A.
+# with A. Quantised integers lie as the floats that they stand for, scales as their outputs
+# ([out], or [groups, out]).
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-  (r"embed/embedding$", ("tensor", "fsdp")),
-  (r"lm_head/kernel$", ("fsdp", "tensor")),
-  (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel$", ("fsdp", "tensor")),
-  (r"(o_proj|down_proj)/kernel$", ("tensor", "fsdp")),
+  (r"embed/embedding(_q)?$", ("tensor", "fsdp")),
+  (r"embed/embedding_scale$", ("tensor",)),
+  (r"lm_head/kernel(_q)?$", ("fsdp", "tensor")),
+  (r"lm_head/kernel_scale$", ("tensor",)),
+  (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel(_q)?$", ("fsdp", "tensor")),
+  (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel_scale$", ("tensor",)),
+  (r"(o_proj|down_proj)/kernel(_q)?$", ("tensor", "fsdp")),
+  (r"(o_proj|down_proj)/kernel_scale$", ("fsdp",)),
   (r"(q_proj|k_proj|v_proj)/bias$", ("tensor",)),
   (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)/a$", ("fsdp", None)),
   (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)/b$", (None, "tensor")),

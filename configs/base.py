@@ -17,7 +17,9 @@ def base_config() -> ConfigDict:
       path="",  # Hugging Face directory (or hub id); "" only where a config says so
       dtype="auto",  # stored dtype of the base: auto = float32 on CPU, bfloat16 elsewhere
       compute_dtype="auto",  # auto = float32 on CPU, bfloat16 elsewhere
-      quant="none",  # none
+      quant="none",  # none, int8 (per output channel), int4 (by groups); the base is frozen then
+      quant_group=128,  # int4: inputs that share a scale
+      quant_embedding=True,  # int8 embedding and head too; False leaves them in dtype
       tokenizer="",  # directory or .model file; "" = the checkpoint's own
       # Only for a model made from nothing (mode sft, empty path): fields of
       # awf.qwen.config.QwenConfig.

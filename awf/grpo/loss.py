@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from awf.grpo.config import GRPOConfig
+from awf.qwen.quant import Kernel, at_compute_dtype, matmul, matmul_transposed
 
 HEAD_CHUNK = 512  # tokens; at a vocabulary of about 1,000 a chunk's logits stay in a CPU's cache
 
@@ -28,7 +29,7 @@ def _chunks(x: jax.Array, chunk: int) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def weighted_nll(
-  kernel_DV: jax.Array,
+  kernel_DV: Kernel,
   hidden_nD: jax.Array,
   target_n: jax.Array,
   weight_n: jax.Array,
@@ -40,7 +41,7 @@ def weighted_nll(
   The gradient is made in the forward pass, chunk by chunk, so that logits are computed once.
 
   Args:
-    kernel_DV: head weights.
+    kernel_DV: head weights, of either layout (awf.qwen.quant).
     hidden_nD: final hidden states, one per position.
     target_n: int32 ids in [0, V).
     weight_n: float32; positions with weight 0 cost time but add nothing. It gets no gradient.
@@ -53,12 +54,12 @@ def weighted_nll(
 def _nll(kernel, hidden, target, weight, with_grad, with_kernel_grad, chunk):
   chunk = min(chunk, hidden.shape[0])
   num_v = kernel.shape[1]
-  cast = kernel.astype(hidden.dtype)
+  cast = at_compute_dtype(kernel, hidden.dtype)
 
   def one(carry, x):
     total, d_kernel = carry
     h, t, w = x
-    logits = (h @ cast).astype(jnp.float32)
+    logits = matmul(h, cast).astype(jnp.float32)
     top = jnp.max(logits, axis=-1, keepdims=True)
     exp = jnp.exp(logits - top)
     norm = jnp.sum(exp, axis=-1, keepdims=True)
@@ -71,7 +72,7 @@ def _nll(kernel, hidden, target, weight, with_grad, with_kernel_grad, chunk):
     d_logits = d_logits.astype(h.dtype)
     if with_kernel_grad:
       d_kernel += (h.T @ d_logits).astype(jnp.float32)
-    return (total, d_kernel), d_logits @ cast.T
+    return (total, d_kernel), matmul_transposed(d_logits, cast)
 
   d_kernel = jnp.zeros(kernel.shape if with_kernel_grad else (), jnp.float32)
   xs = (_chunks(hidden, chunk), _chunks(target, chunk), _chunks(weight, chunk))
@@ -92,7 +93,7 @@ def _nll_bwd(is_head_trained, chunk, saved, g):
   if is_head_trained:
     d_kernel = (d_kernel * g).astype(kernel.dtype)
   else:
-    d_kernel = jnp.zeros_like(kernel)
+    d_kernel = jax.tree.map(_no_grad, kernel)
   no_grad = jnp.zeros(target.shape, jax.dtypes.float0)
   return d_kernel, d_hidden * g.astype(d_hidden.dtype), no_grad, jnp.zeros(target.shape)
 
@@ -106,7 +107,7 @@ TokenLoss = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def head_loss(
-  kernel_DV: jax.Array,
+  kernel_DV: Kernel,
   hidden_BUD: jax.Array,
   data: Any,
   scalars: Any,
@@ -117,7 +118,7 @@ def head_loss(
   """Sum of `fn` over chunks of the U axis, with a frozen head.
 
   Args:
-    kernel_DV: head weights; they get no gradient.
+    kernel_DV: head weights, of either layout; they get no gradient.
     hidden_BUD: final hidden states of the positions that predict a target.
     data: leaves [B, U], cut like hidden; no gradient.
     scalars: further arguments of fn; no gradient.
@@ -140,10 +141,10 @@ def _head_loss(kernel, hidden, data, scalars, num_targets, fn, chunk, with_grad)
     return jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)) if pad else x
 
   hidden, data = jax.tree.map(padded, (hidden, data))
-  cast = kernel.astype(hidden.dtype)
+  cast = at_compute_dtype(kernel, hidden.dtype)
 
   def of_chunk(h, d):
-    return fn((h @ cast).astype(jnp.float32), d, scalars)
+    return fn(matmul(h, cast).astype(jnp.float32), d, scalars)
 
   def one(i, carry):
     total, aux, d_hidden = carry
@@ -178,7 +179,7 @@ def _head_loss_bwd(fn, chunk, saved, g):
   del fn, chunk
   d_hidden, kernel, data, scalars, num_targets = saved
   none = jax.tree.map(_no_grad, (data, scalars, num_targets))
-  return (jnp.zeros_like(kernel), d_hidden * g[0].astype(d_hidden.dtype), *none)
+  return (jax.tree.map(_no_grad, kernel), d_hidden * g[0].astype(d_hidden.dtype), *none)
 
 
 def _no_grad(x):

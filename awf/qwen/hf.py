@@ -14,16 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from awf.qwen.config import QwenConfig
-from awf.qwen.lora import parent_module, target_shapes
-from awf.sharding import spec_for
+from awf.qwen.layout import DTYPES, Tensor, checkpoint_layout, get, leaves_of, put, sharding_of
+from awf.qwen.quant import QuantConfig, quantise_rows
 from awf.types import UserError
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 SHARD_BYTES = 4 * 2**30  # largest weight file that is written
 _FLOAT_CODES = ("F32", "BF16", "F16")
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # a constant that old checkpoints carried along
@@ -36,19 +34,6 @@ _SIZES = (
   "num_hidden_layers",
   "num_attention_heads",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-  """One of our parameters in a checkpoint: its name there, our shape, transposed or not."""
-
-  name: str
-  shape: tuple[int, ...]
-  is_transposed: bool = False
-
-  @property
-  def stored_shape(self) -> tuple[int, ...]:
-    return self.shape[::-1] if self.is_transposed else self.shape
 
 
 def resolve_path(path: str | os.PathLike[str]) -> Path:
@@ -163,34 +148,12 @@ def _refusals(raw: Mapping[str, Any], family: str) -> list[str]:
   return found
 
 
-def checkpoint_layout(config: QwenConfig) -> dict[tuple[str, ...], _Tensor]:
-  """Our parameter path -> tensor of a Hugging Face checkpoint, in file order."""
-  c, d = config, config.hidden_size
-  layout: dict[tuple[str, ...], _Tensor] = {}
-  layout["embed", "embedding"] = _Tensor("model.embed_tokens.weight", (c.vocab_size, d))
-  norms = {"input_layernorm": d, "post_attention_layernorm": d}
-  if c.qk_norm:
-    norms |= {"self_attn.q_norm": c.head_dim, "self_attn.k_norm": c.head_dim}
-  for i in range(c.num_hidden_layers):
-    ours, theirs = f"layers_{i}", f"model.layers.{i}"
-    for name, shape in target_shapes(c).items():
-      prefix = f"{theirs}.{parent_module(name)}.{name}"
-      layout[ours, name, "kernel"] = _Tensor(f"{prefix}.weight", shape, True)
-      if c.qkv_bias and name in ("q_proj", "k_proj", "v_proj"):
-        layout[ours, name, "bias"] = _Tensor(f"{prefix}.bias", shape[1:])
-    for name, size in norms.items():
-      layout[ours, name.rpartition(".")[2], "scale"] = _Tensor(f"{theirs}.{name}.weight", (size,))
-  layout["norm", "scale"] = _Tensor("model.norm.weight", (d,))
-  if not c.tie_word_embeddings:
-    layout["lm_head", "kernel"] = _Tensor("lm_head.weight", (d, c.vocab_size), True)
-  return layout
-
-
 def load_params(
   path: str | os.PathLike[str],
   config: QwenConfig,
   dtype: str = "float32",
   mesh: Mesh | None = None,
+  quant: QuantConfig | None = None,
 ) -> dict[str, Any]:
   """Reads the weights, tensor by tensor, onto the default device or sharded over a mesh.
 
@@ -199,13 +162,14 @@ def load_params(
     config: the architecture, of `load_config`.
     dtype: stored dtype: float32, bfloat16 or float16.
     mesh: where the parameters live; None is the default device.
+    quant: the layout to load them in; None is the float one.
 
   Raises:
     UserError: all missing, unexpected and ill-shaped tensors in one message, or an unreadable file.
   """
   if dtype not in DTYPES:
     raise UserError(f"config.model.dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-  folder = resolve_path(path)
+  folder, quant = resolve_path(path), quant or QuantConfig()
   layout = checkpoint_layout(config)
   with _Reader(folder) as reader:
     problems = _compare(layout, reader, config.tie_word_embeddings)
@@ -216,19 +180,24 @@ def load_params(
     params: dict[str, Any] = {}
     for where, tensor in layout.items():
       array = reader.read(tensor.name)
-      array = (array.T if tensor.is_transposed else array).astype(DTYPES[dtype], copy=False)
-      sharding = NamedSharding(mesh, spec_for("/".join(where), array.shape, mesh)) if mesh else None
-      _put(params, where, jax.device_put(np.ascontiguousarray(array), sharding))
+      leaves = leaves_of(where, tensor.shape, DTYPES[dtype], quant)
+      for path, value in zip(leaves, _values(array, tensor, leaves, quant), strict=True):
+        sharding = sharding_of(path, value.shape, mesh)
+        put(params, path, jax.device_put(np.ascontiguousarray(value), sharding))
   return params
 
 
-def _put(tree: dict[str, Any], where: Sequence[str], leaf: Any) -> None:
-  for name in where[:-1]:
-    tree = tree.setdefault(name, {})
-  tree[where[-1]] = leaf
+def _values(array, tensor, leaves, quant):
+  """The arrays of a tensor's leaves, in their order."""
+  kinds = [kind for _, kind in leaves.values()]
+  if len(leaves) == 1:
+    return [(array.T if tensor.is_transposed else array).astype(kinds[0], copy=False)]
+  method = "int8" if kinds[0] == np.int8 else "int4"
+  integers, scale = quantise_rows(array, method, quant.group)
+  return [integers.T if tensor.is_transposed else integers, scale.T]
 
 
-def _compare(layout: Mapping[Any, _Tensor], reader: _Reader, tied: bool) -> list[str]:
+def _compare(layout: Mapping[Any, Tensor], reader: _Reader, tied: bool) -> list[str]:
   """One sentence for each tensor that is missing, unexpected, ill-shaped or not of a float type."""
   wanted = {tensor.name: tensor.stored_shape for tensor in layout.values()}
   problems = [f"{name} is missing" for name in wanted if name not in reader.names]
@@ -322,7 +291,7 @@ def save_checkpoint(
     name = name if len(shards) > 1 else "model.safetensors"
     tensors = {}
     for where, tensor in shard:
-      array = np.asarray(_leaf(params, where)).astype(DTYPES[dtype])
+      array = np.asarray(get(params, where)).astype(DTYPES[dtype])
       if array.shape != tensor.shape:
         raise ValueError(f"{'/'.join(where)}: expected shape {tensor.shape}, got {array.shape}")
       tensors[tensor.name] = np.ascontiguousarray(array.T if tensor.is_transposed else array)
@@ -339,15 +308,9 @@ def save_checkpoint(
   _write_json(folder / "config.json", _config_json(config, dtype) | ids)
 
 
-def _leaf(tree: Mapping[str, Any], where: Sequence[str]) -> Any:
-  for name in where:
-    tree = tree[name]
-  return tree
-
-
 def _shards(
-  layout: Mapping[tuple[str, ...], _Tensor], itemsize: int, limit: int
-) -> Iterator[list[tuple[tuple[str, ...], _Tensor]]]:
+  layout: Mapping[tuple[str, ...], Tensor], itemsize: int, limit: int
+) -> Iterator[list[tuple[tuple[str, ...], Tensor]]]:
   """Splits the layout, in order, into parts of at most `limit` bytes (one tensor at least)."""
   part, size = [], 0
   for where, tensor in layout.items():
@@ -385,7 +348,10 @@ def base_hash(params: Mapping[str, Any]) -> str:
 @jax.jit
 def _mix_bits(x: jax.Array) -> jax.Array:
   """Two 32-bit sums over all elements, each mixed with its index (MurmurHash3's finaliser)."""
-  bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+  if jnp.issubdtype(x.dtype, jnp.integer):
+    bits = x.astype(jnp.int32).astype(jnp.uint32)
+  else:
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
   index = jnp.zeros(x.shape, jnp.uint32)
   for axis, size in enumerate(x.shape):
     index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)

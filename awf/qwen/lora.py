@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from awf.qwen.config import QwenConfig
+from awf.qwen.quant import kernel_shape
 from awf.types import UserError
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -84,7 +85,7 @@ def init_lora(base: QwenConfig | dict[str, Any], lora_config: LoRAConfig, key: j
     layers = {f"layers_{i}": one for i in range(base.num_hidden_layers)}
   else:
     layers = {
-      name: {target: tuple(layer[target]["kernel"].shape) for target in TARGETS}
+      name: {target: kernel_shape(layer[target]) for target in TARGETS}
       for name, layer in base.items()
       if name.startswith("layers_")
     }
@@ -129,7 +130,10 @@ def stack_adapters(adapters: Sequence[Lora]) -> Lora:
 
 
 def merge(params: dict[str, Any], scaled_lora: Lora) -> dict[str, Any]:
-  """Base parameters with a scaled adapter's `a @ b` added to the kernels, in their dtypes."""
+  """Base parameters with a scaled adapter's `a @ b` added to the kernels, in their dtypes.
+
+  The base must be a float one: what a quantised base would lose is not decided here.
+  """
   merged = dict(params)
   for layer, targets in scaled_lora.items():
     merged[layer] = dict(params[layer])

@@ -1,6 +1,7 @@
 """Qwen2 / Qwen2.5 / Qwen3 dense as one Flax Linen module.
 
-Parameters are nested dicts, one subtree per layer. LoRA is a second collection with the same paths:
+Parameters are nested dicts, one subtree per layer; a matrix may be quantised (awf.qwen.quant). LoRA
+is a second collection with the same paths:
 `apply({"params": base}, ...)` is the base, `apply({"params": base, "lora": lora}, ...)` the policy.
 A LoRA leaf is [in, R] / [R, out] (one adapter for all rows) or [A, in, R] / [A, R, out] (stacked;
 `adapter_B` says which adapter each row uses, 0 is the base). The factor alpha / rank is folded into
@@ -20,6 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from awf.qwen.config import QwenConfig
+from awf.qwen.quant import (
+  Kernel,
+  QuantKernel,
+  at_compute_dtype,
+  embedding_rows,
+  linear_kernel,
+  matmul,
+)
 
 # attend(layer, q_BTNH, k_BTKH, v_BTKH, cache_of_layer) -> (out_BTNH, cache_of_layer)
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -36,9 +45,14 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTi: jax.Array, adapter_B: jax.Array | None = None) -> jax.Array:
-    shape = (x_BTi.shape[-1], self.features)
-    kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
-    y = x_BTi @ kernel.astype(self.dtype)
+    if self.has_variable("params", "kernel_q"):
+      kernel: Kernel = QuantKernel(
+        self.get_variable("params", "kernel_q"), self.get_variable("params", "kernel_scale")
+      )
+    else:
+      shape = (x_BTi.shape[-1], self.features)
+      kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
+    y = matmul(x_BTi, at_compute_dtype(kernel, self.dtype))
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y = y + bias.astype(self.dtype)[None, None]
@@ -57,6 +71,23 @@ def lora_delta(x_BTi, a, b, adapter_B):
   chosen_BA = jax.nn.one_hot(adapter_B - 1, a.shape[0], dtype=a.dtype)
   low = jnp.einsum("bti,air->btar", x, a) * chosen_BA[:, None, :, None]
   return jnp.einsum("btar,aro->bto", low, b)
+
+
+class Embed(nn.Module):
+  """Rows of the table `embedding` [V, D], or of the quantised one."""
+
+  vocab_size: int
+  features: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+    if self.has_variable("params", "embedding_q"):
+      q, scale = (self.get_variable("params", f"embedding_{x}") for x in ("q", "scale"))
+      return embedding_rows(q, scale, tokens_BT, self.dtype)
+    shape = (self.vocab_size, self.features)
+    table = self.param("embedding", nn.initializers.normal(0.02), shape)
+    return jnp.take(table, tokens_BT, axis=0).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -182,10 +213,7 @@ class Qwen(nn.Module):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     attend = attend or causal_attend(jnp.ones(tokens_BT.shape, jnp.int32))
     caches = caches or (None,) * c.num_hidden_layers
-    embed = nn.Embed(
-      c.vocab_size, c.hidden_size, name="embed", embedding_init=nn.initializers.normal(0.02)
-    )
-    x = jnp.take(embed.embedding, tokens_BT, axis=0).astype(dtype)
+    x = Embed(c.vocab_size, c.hidden_size, dtype, name="embed")(tokens_BT)
     if not c.tie_word_embeddings:
       _HeadWeights(c.vocab_size, name="lm_head")(c.hidden_size)
     block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
@@ -203,19 +231,25 @@ class _HeadWeights(nn.Module):
 
   @nn.compact
   def __call__(self, width: int) -> None:
+    if self.has_variable("params", "kernel_q"):
+      return
     self.param("kernel", nn.initializers.normal(0.02), (width, self.vocab_size))
 
 
-def head_kernel(params) -> jax.Array:
-  """[D, V] head weights: the untied kernel, or the embedding transposed."""
+def head_kernel(params) -> Kernel:
+  """[D, V] head weights: the untied kernel, or the embedding transposed; of either layout."""
   if "lm_head" in params:
-    return params["lm_head"]["kernel"]
-  return params["embed"]["embedding"].T
+    return linear_kernel(params["lm_head"])
+  embed = params["embed"]
+  if "embedding_q" in embed:
+    return QuantKernel(embed["embedding_q"], embed["embedding_scale"], is_transposed=True)
+  return embed["embedding"].T
 
 
 def head(params, hidden_xD: jax.Array) -> jax.Array:
   """Float32 logits [..., V] of hidden states [..., D]; for few positions, never a whole batch."""
-  return (hidden_xD @ head_kernel(params).astype(hidden_xD.dtype)).astype(jnp.float32)
+  kernel = at_compute_dtype(head_kernel(params), hidden_xD.dtype)
+  return matmul(hidden_xD, kernel).astype(jnp.float32)
 
 
 def init_params(config: QwenConfig, key: jax.Array):

@@ -1,4 +1,4 @@
-"""Counts what a compiled program does: floating-point operations and bytes moved, operand by operand.
+"""Counts what a compiled program does: arithmetic and bytes moved, operand by operand.
 
 XLA's own cost analysis counts the body of a loop once and charges whole operands where a slice is
 touched. Here every instruction outside a fusion is one `Op` with the number of times it runs: the
@@ -25,6 +25,8 @@ from awf.hlo_text import Computation, Instruction, Module, parse_module
 
 # Runs of a loop's body that the program's text does not tell: (op_name of the loop) -> count.
 Trips = Callable[[str], float | None]
+# Whether a branch of a conditional that does much is taken: (op_name) -> bool.
+Taken = Callable[[str], bool | None]
 
 _FREE = frozenset(
   """parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id
@@ -103,28 +105,35 @@ class Count:
 
 
 def count_module(
-  text: str, trips: Trips | None = None, call_flops: dict[str, Callable] | None = None
+  text: str | Module,
+  trips: Trips | None = None,
+  taken: Taken | None = None,
+  call_flops: dict[str, Callable] | None = None,
 ) -> Count:
   """Counts the text of a compiled module.
 
   Args:
-    text: `compiled.as_text()`.
+    text: `compiled.as_text()`, or what `parse_module` made of it.
     trips: runs of the loops that depend on data, by the loop's op_name; None where it does not
       know.
+    taken: False where the caller knows that the cheapest branch of a conditional runs; else the
+      dearest counts.
     call_flops: custom-call target -> function of the instruction and its operands that gives its
       FLOPs.
 
   Raises:
     ValueError: text that is no HLO module.
   """
-  walker = _Walker(parse_module(text), trips or (lambda _: None), call_flops or {})
+  module = parse_module(text) if isinstance(text, str) else text
+  no = lambda _: None  # noqa: E731
+  walker = _Walker(module, trips or no, taken or no, call_flops or {})
   walker.walk(walker.module.entry, 1.0, ())
   return Count(walker.ops, walker.unknown_loops, walker.unknown_calls)
 
 
 class _Walker:
-  def __init__(self, module: Module, trips: Trips, call_flops: dict[str, Callable]):
-    self.module, self.trips = module, trips
+  def __init__(self, module: Module, trips: Trips, taken: Taken, call_flops: dict[str, Callable]):
+    self.module, self.trips, self.taken = module, trips, taken
     self.call_flops = call_flops
     self.ops: list[Op] = []
     self.unknown_loops: list[str] = []
@@ -139,7 +148,7 @@ class _Walker:
       if x.opcode == "while":
         self._walk_loop(computation, x, times, loops)
       elif x.opcode == "conditional":
-        self._walk_branches(called, times, loops)
+        self._walk_branches(x, called, times, loops)
       elif x.opcode in ("call", "async-start"):
         for one in called:
           self.walk(one, times, loops)
@@ -159,14 +168,19 @@ class _Walker:
     self.walk(body, times * runs, (*loops, name))
     self.walk(condition, times * (runs + 1), (*loops, name))
 
-  def _walk_branches(self, branches: list[Computation], times, loops) -> None:
-    """Which branch runs is not known: the one that moves the most bytes counts."""
-    before, best = len(self.ops), []
+  def _walk_branches(self, x: Instruction, branches, times, loops) -> None:
+    """One branch counts: the dearest, unless the caller knows that it is not taken."""
+    before, found = len(self.ops), []
     for branch in branches:
       self.walk(branch, times, loops)
-      found, self.ops = self.ops[before:], self.ops[:before]
-      best = max(best, found, key=lambda ops: sum(o.times * (o.num_bytes + o.flops) for o in ops))
-    self.ops += best
+      found.append(self.ops[before:])
+      self.ops = self.ops[:before]
+
+    def weight(ops: list[Op]) -> float:
+      return sum(o.times * (o.num_bytes + o.flops + o.elementwise) for o in ops)
+
+    choose = min if self.taken(x.op_name) is False else max
+    self.ops += choose(found, key=weight) if found else []
 
   def _op(self, computation, x: Instruction, times, loops) -> Op:
     flops, elementwise = self._arithmetic(computation, x)

@@ -93,7 +93,7 @@ class GRPOTrainer:
     self._token_loss = partial(
       grpo_token_loss, config=grpo, temperature=temperature if temperature > 0 else 1.0
     )
-    self._chunk = min(grpo.vocab_chunk, HEAD_CHUNK)
+    self.head_chunk = min(grpo.vocab_chunk, HEAD_CHUNK)
     self.traces = 0
 
     def first_state(key: jax.Array) -> TrainState:
@@ -172,14 +172,17 @@ class GRPOTrainer:
         out[row][column] = logp
     return out
 
-  def lower(self, rollouts: Sequence[Rollout]) -> dict[str, Callable[[], jax.stages.Lowered]]:
-    """Lowers the programs for a batch of the shapes of `rollouts`; nothing is put on a device.
+  def pack(self, rollouts: Sequence[Rollout]) -> Batch:
+    """The batch that all completions of `rollouts` make, on the host."""
+    return self._batch(rollouts, [i for i, r in enumerate(rollouts) if r.token_ids])
+
+  def lower(self, batch: Batch) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    """Lowers the programs for batches of this one's shape; nothing is put on a device.
 
     Returns:
       By name, a function that traces and lowers: `update`, one optimiser step, and `logprobs`, one
       pass over the same batch.
     """
-    batch = self._batch(rollouts, [i for i, r in enumerate(rollouts) if r.token_ids])
     placed = abstract(batch, self._shardings(batch))
     names = ("advantage", "old_logp", *(("ref_logp",) if self.grpo.beta else ()))
     zero = np.zeros(batch.target_ZBU.shape, np.float32)
@@ -220,7 +223,9 @@ class GRPOTrainer:
     data = data | {"target": bins.target_ZBU, "is_target": bins.is_target_ZBU}
     num_targets = bins.num_targets_Z
     kernel = jax.lax.stop_gradient(head_kernel(base))
-    return head_loss(kernel, hidden_BUD, data, scalars, num_targets, self._token_loss, self._chunk)
+    return head_loss(
+      kernel, hidden_BUD, data, scalars, num_targets, self._token_loss, self.head_chunk
+    )
 
   def _score_batch(self, lora: Any, base: Any, batch: Batch) -> jax.Array:
     """Log-probs [Z, B, U] of the targets."""
@@ -234,7 +239,8 @@ class GRPOTrainer:
       _, aux = self._forward(lora, base, bins, data, scalars)
       return logp_ZBU.at[z].set(aux["logp"])
 
-    return jax.lax.fori_loop(0, batch.num_steps, one, jnp.zeros(batch.target_ZBU.shape))
+    with jax.named_scope("bins"):
+      return jax.lax.fori_loop(0, batch.num_steps, one, jnp.zeros(batch.target_ZBU.shape))
 
   def _train_step(self, state: TrainState, base: Any, batch: Batch, data: Any, scalars: Any):
     self.traces += 1
@@ -252,9 +258,10 @@ class GRPOTrainer:
 
     zero = jax.tree.map(jnp.zeros_like, state.lora)
     sums = dict.fromkeys(("loss", *_SUMS), jnp.float32(0))
-    grads, sums, logp_ZBU = jax.lax.fori_loop(
-      0, batch.num_steps, one, (zero, sums, jnp.zeros(batch.target_ZBU.shape))
-    )
+    with jax.named_scope("bins"):
+      grads, sums, logp_ZBU = jax.lax.fori_loop(
+        0, batch.num_steps, one, (zero, sums, jnp.zeros(batch.target_ZBU.shape))
+      )
     grads, norm = clip_by_norm(grads, self.optim.grad_clip)
     updates, opt_state = self._optimizer.update(grads, state.opt_state, state.lora)
     key, _ = jax.random.split(state.key)

@@ -86,7 +86,8 @@ def _chunked_attention(q_BKGTH, position_BT, num_chunks, load):
 
   zero = jnp.zeros((b, k, g * t), jnp.float32)
   start = (zero + NEG_INF, zero, jnp.zeros((b, k, g * t, h), jnp.float32))
-  _, total, out = jax.lax.fori_loop(0, num_chunks, step, start)
+  with jax.named_scope("live_chunks"):
+    _, total, out = jax.lax.fori_loop(0, num_chunks, step, start)
   out = out / jnp.maximum(total, 1e-30)[..., None]
   return out.astype(q_BKGTH.dtype).reshape(b, k, g, t, h)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+from awf.chips import find_chip
 from awf.types import Rollout, UserError
 from awf.workdir import commit, versions
 
@@ -27,18 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("awf")
 
-# device_kind contains: (bfloat16 FLOP/s, bytes/s) of one chip, from the makers' data sheets.
-PEAKS = {
-  "TPU v6 lite": (918e12, 1640e9),
-  "TPU v5 lite": (197e12, 819e9),
-  "TPU v5": (459e12, 2765e9),
-  "TPU v4": (275e12, 1228e9),
-  "H200": (989e12, 4800e9),
-  "H100": (989e12, 3350e9),
-  "A100": (312e12, 2039e9),
-  "L4": (121e12, 300e9),
-  "T4": (65e12, 320e9),
-}
 _BLOCK = 128  # contexts are rounded up to a multiple
 
 
@@ -316,12 +305,11 @@ def _utilisation(flops_per_second: float, bytes_per_second: float) -> dict[str, 
   """Shares of the chips' peaks (weights only, attention left out); empty for unknown chips."""
   import jax
 
-  kind = jax.devices()[0].device_kind
-  peak = next((p for name, p in PEAKS.items() if name in kind), None)
-  if peak is None:
+  chip = find_chip(jax.devices()[0].device_kind)
+  if chip is None:
     return {}
   chips = jax.device_count()
-  out = {"mfu": round(flops_per_second / peak[0] / chips, 4)}
+  out = {"mfu": round(flops_per_second / chip.flops / chips, 4)}
   if bytes_per_second:
-    out["mbu"] = round(bytes_per_second / peak[1] / chips, 4)
+    out["mbu"] = round(bytes_per_second / chip.bandwidth / chips, 4)
   return out

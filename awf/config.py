@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from awf.chips import TARGETS
 from awf.config_io import PATH_FIELDS, find_path, flatten, get_field
 from awf.types import UserError
 
@@ -153,6 +154,17 @@ RULES: dict[str, Rule] = {
   "bench.group": at_least(1),
   "bench.lengths": one_of("fixed", "mixed"),
   "bench.repeats": at_least(1),
+  "plan.target": one_of(*TARGETS),
+  "plan.programs": Rule(
+    lambda v: bool(v) and set(v) <= {"sampler", "update", "logprobs"},
+    "some of sampler, update, logprobs",
+  ),
+  "plan.prompt": at_least(0),
+  "plan.new": at_least(0),
+  "plan.problem_prompt": at_least(1),
+  "plan.calls": at_least(1),
+  "plan.reserve_gb": at_least(0),
+  "plan.trials": at_least(0),
   "backup.keep": at_least(1),
 }
 

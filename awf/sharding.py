@@ -92,3 +92,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows over data and fsdp; everything else whole."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def abstract(tree, shardings):
+  """The tree with jax.ShapeDtypeStruct leaves: what a jitted function is lowered with."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), tree, shardings
+  )
+
+
+def is_abstract(tree) -> bool:
+  """Whether the tree's leaves are shapes, not arrays."""
+  return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))

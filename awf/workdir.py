@@ -31,6 +31,7 @@ log = logging.getLogger("awf")
 OPERATIONAL = (
   "backup.",
   "bench.",
+  "plan.",
   "sandbox.workers",
   "sandbox.max_children",
   "train.checkpoint_every",

@@ -190,5 +190,18 @@ def base_config() -> ConfigDict:
   c.bench = ConfigDict(
     dict(what="sampler", batch=16, prompt=128, new=128, group=1, lengths="fixed", repeats=5)
   )  # what: sampler, update, workflow
+  c.plan = ConfigDict(
+    dict(
+      target="v5e-1",  # v5e-1, v5e-4, v5e-8, v6e-1, v6e-8, v5p-8, h200 (counted), cpu, local
+      programs=("sampler", "update", "logprobs"),
+      prompt=0,  # tokens of a proposal's prompt; 0 = what sampler.context leaves
+      new=0,  # tokens of a proposal; 0 = sampler.max_new_tokens
+      problem_prompt=512,  # tokens of a workflow's call
+      calls=1,  # calls of a workflow on one problem
+      reserve_gb=0.75,  # GiB left to the runtime
+      fast=False,  # compile 2 and 4 layers and extrapolate, instead of the whole model
+      trials=4,  # programs of changed configs that are compiled when this one does not fit
+    )
+  )
   c.backup = ConfigDict(dict(path="", keep=2))
   return c

@@ -13,7 +13,7 @@ from tiny_checkpoint import random_params
 from awf.qwen.config import QwenConfig
 from awf.qwen.lora import LoRAConfig, init_lora, merge, scaled, stack_adapters
 from awf.qwen.model import Qwen, head
-from awf.sampler.engine import Engine, Output, Request
+from awf.sampler.engine import Engine, Output, Request, make_shapes
 
 V, CONTEXT, ROWS = 60, 256, 32
 TINY = QwenConfig(
@@ -295,6 +295,15 @@ def test_bit_equal_when_joining_running_rows(engine, requests, alone):
     return mine
 
   assert asyncio.run(both()) == alone
+
+
+def test_a_pinned_cache_layout_changes_no_bit(params, requests, alone, monkeypatch):
+  """The form that TPUs get, run here."""
+  shapes = make_shapes(TINY, ROWS, CONTEXT, 2, 6)
+  pinned = dataclasses.replace(shapes, is_pinned=True)
+  monkeypatch.setattr("awf.sampler.engine.make_shapes", lambda *_: pinned)
+  with make_engine(TINY, params) as engine:
+    assert engine.generate([*crowd(3)[:8], *requests])[8:] == alone
 
 
 def test_bit_equal_in_an_engine_with_no_cached_prompt(params, requests, alone):

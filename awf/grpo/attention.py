@@ -138,7 +138,8 @@ def _forward(q, k, v, blocks):
 
     shape = (*q_i.shape[:-1], 1)
     zero = (jnp.zeros(q_i.shape), jnp.full(shape, NEG_INF), jnp.zeros(shape))
-    acc, top, norm = jax.lax.fori_loop(0, count, key_block, zero)
+    with jax.named_scope("key_blocks"):
+      acc, top, norm = jax.lax.fori_loop(0, count, key_block, zero)
     norm = jnp.maximum(norm, 1e-30)  # a block of padding alone looks at nothing
     return None, ((acc / norm).astype(q.dtype), (top + jnp.log(norm))[..., 0])
 
@@ -171,7 +172,9 @@ def _attend_bwd(saved, d_out):
       return d_q + jnp.einsum("kmx,kxh->kmh", d_scores, k[j]), d_k, d_v
 
     d_k, d_v = carry
-    d_q, d_k, d_v = jax.lax.fori_loop(0, count, key_block, (jnp.zeros(q_i.shape), d_k, d_v))
+    start = (jnp.zeros(q_i.shape), d_k, d_v)
+    with jax.named_scope("key_blocks"):
+      d_q, d_k, d_v = jax.lax.fori_loop(0, count, key_block, start)
     return (d_k, d_v), d_q.astype(q.dtype)
 
   xs = (jnp.arange(q.shape[0]), q, d_out, log_norm, delta, blocks.count_I, blocks.keys_IJ)

@@ -164,7 +164,8 @@ def _head_loss(kernel, hidden, data, scalars, num_targets, fn, chunk, with_grad)
   aux = jax.tree.map(lambda x: jnp.zeros((x.shape[0], size + pad, *x.shape[2:]), x.dtype), aux)
   zero = (jnp.zeros((), loss.dtype), aux, jnp.zeros_like(hidden) if with_grad else None)
   num_chunks = (num_targets + chunk - 1) // chunk
-  total, aux, d_hidden = jax.lax.fori_loop(0, num_chunks, one, zero)
+  with jax.named_scope("head_chunks"):
+    total, aux, d_hidden = jax.lax.fori_loop(0, num_chunks, one, zero)
   if with_grad:
     d_hidden = d_hidden[:, :size]
   return total, jax.tree.map(lambda x: x[:, :size], aux), d_hidden

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from awf.grpo.loss import HEAD_CHUNK, grpo_token_loss, head_loss, k3, policy_ter
 from awf.qwen.config import QwenConfig
 from awf.qwen.lora import LoRAConfig, init_lora, scaled
 from awf.qwen.model import Qwen, head_kernel
-from awf.sharding import make_mesh, replicated, tree_shardings
+from awf.sharding import abstract, is_abstract, make_mesh, replicated, tree_shardings
 from awf.types import Rollout
 
 _MIN_STEPS = 8  # room for this many passes from the start, so that small batches share a shape
@@ -54,7 +54,8 @@ class GRPOTrainer:
 
   Args:
     model_config: architecture and compute dtype.
-    params: base parameters, shared with the sampler, never changed.
+    params: base parameters, shared with the sampler, never changed. Shapes (jax.ShapeDtypeStruct)
+      in their place make a trainer without arrays, which can only be lowered.
     lora: adapter to train (copied), or None for a new one drawn from `key`.
     lora_config: its rank and scale.
     grpo: the objective.
@@ -92,15 +93,21 @@ class GRPOTrainer:
     self._token_loss = partial(
       grpo_token_loss, config=grpo, temperature=temperature if temperature > 0 else 1.0
     )
-    self._chunk = min(grpo.vocab_chunk, HEAD_CHUNK)
+    self.head_chunk = min(grpo.vocab_chunk, HEAD_CHUNK)
     self.traces = 0
 
-    init_key, key = jax.random.split(key)
-    lora = init_lora(model_config, lora_config, init_key) if lora is None else lora
-    state = TrainState(lora, self._optimizer.init(lora), jnp.int32(0), key)
-    # A copy: the state is donated, the caller's arrays are not.
-    state = jax.tree.map(jnp.copy, state)
-    self.state = jax.device_put(state, tree_shardings(state, self.mesh))
+    def first_state(key: jax.Array) -> TrainState:
+      init_key, key = jax.random.split(key)
+      tree = init_lora(model_config, lora_config, init_key) if lora is None else lora
+      return TrainState(tree, self._optimizer.init(tree), jnp.int32(0), key)
+
+    if is_abstract(params):
+      state = jax.eval_shape(first_state, key)
+      self.state = abstract(state, tree_shardings(state, self.mesh))
+    else:
+      # A copy: the state is donated, the caller's arrays are not.
+      state = jax.tree.map(jnp.copy, first_state(key))
+      self.state = jax.device_put(state, tree_shardings(state, self.mesh))
     self._step = jax.jit(self._train_step, donate_argnums=0)
     self._score = jax.jit(self._score_batch)
 
@@ -165,6 +172,28 @@ class GRPOTrainer:
         out[row][column] = logp
     return out
 
+  def pack(self, rollouts: Sequence[Rollout]) -> Batch[np.ndarray]:
+    """The batch that all completions of `rollouts` make, on the host."""
+    return self._batch(rollouts, [i for i, r in enumerate(rollouts) if r.token_ids])
+
+  def lower(self, batch: Batch[np.ndarray]) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    """Lowers the programs for batches of this one's shape; nothing is put on a device.
+
+    Returns:
+      By name, a function that traces and lowers: `update`, one optimiser step, and `logprobs`, one
+      pass over the same batch.
+    """
+    placed = abstract(batch, self._shardings(batch))
+    names = ("advantage", "old_logp", *(("ref_logp",) if self.grpo.beta else ()))
+    zero = np.zeros(batch.target_ZBU.shape, np.float32)
+    data = abstract(dict.fromkeys(names, zero), self._shardings(dict.fromkeys(names, zero)))
+    scalars = {"has_old": np.bool_(False), "total": np.float32(1)}
+    scalars = abstract(scalars, self._shardings(scalars))
+    return {
+      "update": lambda: self._step.lower(self.state, self._params, placed, data, scalars),
+      "logprobs": lambda: self._score.lower(self.state.lora, self._params, placed),
+    }
+
   def _batch(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> Batch[np.ndarray]:
     self._size = bin_size([rollouts[i] for i in rows], self._size)
     batch = make_batch(rollouts, rows, self._size, self._bins, self._num_steps)
@@ -173,9 +202,12 @@ class GRPOTrainer:
 
   def _place(self, tree: Any) -> Any:
     """Host arrays to the devices: [Z, B, ...] with bins over data and fsdp, the rest whole."""
+    return jax.tree.map(jax.device_put, tree, self._shardings(tree))
+
+  def _shardings(self, tree: Any) -> Any:
     rows = NamedSharding(self.mesh, PartitionSpec(None, ("data", "fsdp")))
     whole = replicated(self.mesh)
-    return jax.tree.map(lambda x: jax.device_put(x, rows if np.ndim(x) > 1 else whole), tree)
+    return jax.tree.map(lambda x: rows if np.ndim(x) > 1 else whole, tree)
 
   def _forward(
     self, lora: Any, base: Any, bins: Batch[jax.Array], data: Any, scalars: Any
@@ -193,7 +225,9 @@ class GRPOTrainer:
     data = data | {"target": bins.target_ZBU, "is_target": bins.is_target_ZBU}
     num_targets = bins.num_targets_Z
     kernel = jax.lax.stop_gradient(head_kernel(base))
-    return head_loss(kernel, hidden_BUD, data, scalars, num_targets, self._token_loss, self._chunk)
+    return head_loss(
+      kernel, hidden_BUD, data, scalars, num_targets, self._token_loss, self.head_chunk
+    )
 
   def _score_batch(self, lora: Any, base: Any, batch: Batch[jax.Array]) -> jax.Array:
     """Log-probs [Z, B, U] of the targets."""
@@ -207,7 +241,8 @@ class GRPOTrainer:
       _, aux = self._forward(lora, base, bins, data, scalars)
       return logp_ZBU.at[z].set(aux["logp"])
 
-    return jax.lax.fori_loop(0, batch.num_steps, one, jnp.zeros(batch.target_ZBU.shape))
+    with jax.named_scope("bins"):
+      return jax.lax.fori_loop(0, batch.num_steps, one, jnp.zeros(batch.target_ZBU.shape))
 
   def _train_step(
     self, state: TrainState, base: Any, batch: Batch[jax.Array], data: Any, scalars: Any
@@ -227,9 +262,10 @@ class GRPOTrainer:
 
     zero = jax.tree.map(jnp.zeros_like, state.lora)
     sums = dict.fromkeys(("loss", *_SUMS), jnp.float32(0))
-    grads, sums, logp_ZBU = jax.lax.fori_loop(
-      0, batch.num_steps, one, (zero, sums, jnp.zeros(batch.target_ZBU.shape))
-    )
+    with jax.named_scope("bins"):
+      grads, sums, logp_ZBU = jax.lax.fori_loop(
+        0, batch.num_steps, one, (zero, sums, jnp.zeros(batch.target_ZBU.shape))
+      )
     grads, norm = clip_by_norm(grads, self.optim.grad_clip)
     updates, opt_state = self._optimizer.update(grads, state.opt_state, state.lora)
     key, _ = jax.random.split(state.key)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from awf.qwen.config import QwenConfig
 from awf.qwen.model import NEG_INF, Attend
@@ -29,6 +30,33 @@ def init_cache(config: QwenConfig, rows: int, chunks: int, chunk: int) -> Cache:
     (jnp.zeros((*lead, h, chunk), dtype), jnp.zeros((*lead, chunk, h), dtype))
     for _ in range(config.num_hidden_layers)
   )
+
+
+def _pin(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Keeps one memory layout through the whole program, that of its arguments.
+
+  Without it XLA:TPU lays the cache out anew for the writes of each part, with copies of the whole.
+  A head size that does not fill a tile's 128 lanes gives them to the tokens.
+  """
+  minor = (3, 4) if values.shape[4] % 128 == 0 else (4, 3)
+  return (
+    with_layout_constraint(keys, Layout(major_to_minor=(0, 1, 2, 3, 4))),
+    with_layout_constraint(values, Layout(major_to_minor=(0, 1, 2, *minor))),
+  )
+
+
+def _write_tokens(keys, values, k_BKH, v_BKH, c_B, write_B, w_B):
+  """Writes row b's token at (c_B[b], write_B[b], w_B[b]), row by row, in the pinned layout."""
+
+  def put(i, pair):
+    keys, values = pair
+    k_KH, v_KH = (jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False) for x in (k_BKH, v_BKH))
+    at = (c_B[i], write_B[i], 0)
+    keys = jax.lax.dynamic_update_slice(keys, k_KH[None, None, :, :, None], (*at, 0, w_B[i]))
+    values = jax.lax.dynamic_update_slice(values, v_KH[None, None, :, None], (*at, w_B[i], 0))
+    return _pin(keys, values)
+
+  return jax.lax.fori_loop(0, k_BKH.shape[0], put, (keys, values))
 
 
 def _chunked_attention(q_BKGTH, position_BT, num_chunks, load):
@@ -58,16 +86,20 @@ def _chunked_attention(q_BKGTH, position_BT, num_chunks, load):
 
   zero = jnp.zeros((b, k, g * t), jnp.float32)
   start = (zero + NEG_INF, zero, jnp.zeros((b, k, g * t, h), jnp.float32))
-  _, total, out = jax.lax.fori_loop(0, num_chunks, step, start)
+  with jax.named_scope("live_chunks"):
+    _, total, out = jax.lax.fori_loop(0, num_chunks, step, start)
   out = out / jnp.maximum(total, 1e-30)[..., None]
   return out.astype(q_BKGTH.dtype).reshape(b, k, g, t, h)
 
 
-def decode_attend(position_B: jax.Array, is_running_B: jax.Array, group: int) -> Attend:
+def decode_attend(
+  position_B: jax.Array, is_running_B: jax.Array, group: int, is_pinned: bool = False
+) -> Attend:
   """Attention of one new token per row; it first writes the token's key and value at `position_B`.
 
   Rows are worked on in groups of `group` neighbours, each with as many chunks as its longest
-  running row needs. Rows that are not running write nothing.
+  running row needs. Rows that are not running write nothing (if `is_pinned`: to the last row, which
+  nobody reads).
   """
   b = position_B.shape[0]
   num_groups = b // group
@@ -77,10 +109,15 @@ def decode_attend(position_B: jax.Array, is_running_B: jax.Array, group: int) ->
     del layer
     keys, values = cache
     width, (n, h), k = values.shape[3], q_B1NH.shape[2:], values.shape[2]
-    write_B = jnp.where(is_running_B, jnp.arange(b, dtype=jnp.int32), keys.shape[1])
+    nowhere = keys.shape[1] - is_pinned
+    write_B = jnp.where(is_running_B, jnp.arange(b, dtype=jnp.int32), nowhere)
     c_B, w_B = position_B // width, position_B % width
-    keys = keys.at[c_B, write_B, :, :, w_B].set(k_B1KH[:, 0].astype(keys.dtype), mode="drop")
-    values = values.at[c_B, write_B, :, w_B].set(v_B1KH[:, 0].astype(values.dtype), mode="drop")
+    k_BKH, v_BKH = k_B1KH[:, 0].astype(keys.dtype), v_B1KH[:, 0].astype(values.dtype)
+    if is_pinned:
+      keys, values = _write_tokens(keys, values, k_BKH, v_BKH, c_B, write_B, w_B)
+    else:
+      keys = keys.at[c_B, write_B, :, :, w_B].set(k_BKH, mode="drop")
+      values = values.at[c_B, write_B, :, w_B].set(v_BKH, mode="drop")
     q_XBKGTH = q_B1NH.reshape(num_groups, group, k, n // k, 1, h)
     last_XB1 = last_B.reshape(num_groups, group, 1)
     chunks_X = jnp.max(last_XB1, axis=(1, 2)) // width + 1  # -1 // width + 1 = 0: nothing to do
@@ -102,7 +139,7 @@ def decode_attend(position_B: jax.Array, is_running_B: jax.Array, group: int) ->
   return attend
 
 
-def prefill_attend(row_P: jax.Array, start_P: jax.Array) -> Attend:
+def prefill_attend(row_P: jax.Array, start_P: jax.Array, is_pinned: bool = False) -> Attend:
   """Attention of prompt blocks.
 
   Block p holds tokens start_P[p] ... start_P[p] + T - 1 of cache row row_P[p]. T divides the chunk,
@@ -121,6 +158,8 @@ def prefill_attend(row_P: jax.Array, start_P: jax.Array) -> Attend:
       block_k, block_v = k_PKHT[i].astype(keys.dtype), v_PKTH[i].astype(values.dtype)
       keys = jax.lax.dynamic_update_slice(keys, block_k[None, None], (c, row_P[i], 0, 0, w))
       values = jax.lax.dynamic_update_slice(values, block_v[None, None], (c, row_P[i], 0, w, 0))
+    if is_pinned:
+      keys, values = _pin(keys, values)
 
     def load(c):
       return keys[c, row_P], values[c, row_P]
@@ -133,7 +172,9 @@ def prefill_attend(row_P: jax.Array, start_P: jax.Array) -> Attend:
   return attend
 
 
-def copy_chunks(cache: Cache, copies_X3: jax.Array, num_copies: jax.Array) -> Cache:
+def copy_chunks(
+  cache: Cache, copies_X3: jax.Array, num_copies: jax.Array, is_pinned: bool = False
+) -> Cache:
   """Copies chunks between rows in place; `num_copies` lines are (source, target, chunk)."""
 
   def one(i, cache):
@@ -144,6 +185,7 @@ def copy_chunks(cache: Cache, copies_X3: jax.Array, num_copies: jax.Array) -> Ca
       chunk = jax.lax.dynamic_slice(array, (c, source, 0, 0, 0), size)
       return jax.lax.dynamic_update_slice(array, chunk, (c, target, 0, 0, 0))
 
-    return jax.tree.map(move, cache)
+    cache = jax.tree.map(move, cache)
+    return tuple(_pin(*pair) for pair in cache) if is_pinned else cache
 
   return jax.lax.fori_loop(0, num_copies, one, cache)

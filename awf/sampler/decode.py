@@ -44,6 +44,7 @@ class Shapes:
   block: int  # tokens of one prompt block; divides chunk
   calls: int  # most prefill calls of one dispatch
   steps: int  # most decode steps of one dispatch
+  is_pinned: bool = False  # one memory layout of the cache in all parts, for TPUs
 
   def __post_init__(self) -> None:
     if self.chunk % self.block:
@@ -106,14 +107,16 @@ def _forward(
   return cast(tuple[jax.Array, Cache], out)
 
 
-def _prefill(config: QwenConfig, params, lora, cache: Cache, work: Work[jax.Array]) -> Cache:
+def _prefill(
+  config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work: Work[jax.Array]
+) -> Cache:
   model = Qwen(config)
 
   def call(i, cache):
     row_P, start_P, adapter_P = (work.place_CP3[i, :, j] for j in range(3))
     tokens_PT = work.tokens_CPT[i]
     position_PT = start_P[:, None] + jnp.arange(tokens_PT.shape[1], dtype=jnp.int32)[None]
-    attend = prefill_attend(row_P, start_P)
+    attend = prefill_attend(row_P, start_P, shapes.is_pinned)
     return _forward(model, (params, lora), tokens_PT, position_PT, attend, cache, adapter_P)[1]
 
   return jax.lax.fori_loop(0, work.counts_4[0], call, cache)
@@ -147,7 +150,7 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
   def step(carry):
     i, cache, rows, out_S2B = carry
     is_running_B = rows.status_B == RUNNING
-    attend = decode_attend(rows.position_B, is_running_B, shapes.group)
+    attend = decode_attend(rows.position_B, is_running_B, shapes.group, shapes.is_pinned)
     hidden_B1D, cache = _forward(
       model, (params, lora),
       rows.token_B[:, None], rows.position_B[:, None], attend, cache, column("adapter"),
@@ -184,9 +187,13 @@ def dispatch(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, wor
     (cache, int32 [2 * steps + 3, B]: for each step ids and log-prob bits, then status, tokens made,
     steps run).
   """
-  cache = _prefill(config, params, lora, cache, work)
-  cache = copy_chunks(cache, work.copies_X3, work.counts_4[1])
-  return _decode(config, shapes, params, lora, cache, work)
+  # The names tell the parts of the compiled program apart (awf.plan).
+  with jax.named_scope("prefill"):
+    cache = _prefill(config, shapes, params, lora, cache, work)
+  with jax.named_scope("share_prompts"):
+    cache = copy_chunks(cache, work.copies_X3, work.counts_4[1], shapes.is_pinned)
+  with jax.named_scope("decode"):
+    return _decode(config, shapes, params, lora, cache, work)
 
 
 def compile_dispatch(config: QwenConfig, shapes: Shapes, on_trace=None):

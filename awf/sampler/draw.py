@@ -80,9 +80,11 @@ def support_threshold(scaled_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Arr
     return jnp.where(top_p_B < 1, jnp.maximum(found_B, low_B), low_B)
 
   none_B = jnp.zeros(top_k_B.shape, jnp.uint32)
-  threshold_B = jax.lax.cond(jnp.any(top_k_B > 0), by_count, lambda _: none_B, None)
+  with jax.named_scope("top_k"):
+    threshold_B = jax.lax.cond(jnp.any(top_k_B > 0), by_count, lambda _: none_B, None)
   threshold_B = jnp.where(top_k_B > 0, threshold_B, none_B)
-  return jax.lax.cond(jnp.any(top_p_B < 1), by_mass, lambda low_B: low_B, threshold_B)
+  with jax.named_scope("top_p"):
+    return jax.lax.cond(jnp.any(top_p_B < 1), by_mass, lambda low_B: low_B, threshold_B)
 
 
 def _inverse_cdf(weight_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
@@ -139,10 +141,11 @@ def draw(
   is_kept_BV = _ordered_bits(scaled_BV) >= threshold_B[:, None]
   weight_BV = jnp.where(is_kept_BV, jnp.exp(scaled_BV - peak_B[:, None]), 0.0)
   drawn_B = _inverse_cdf(weight_BV, uniform_B)
-  id_B = jax.lax.cond(  # argmax costs as much as the rest of the draw: only when a row wants it
-    jnp.any(is_greedy_B),
-    lambda: jnp.where(is_greedy_B, jnp.argmax(scaled_BV, axis=-1).astype(jnp.int32), drawn_B),
-    lambda: drawn_B,
-  )
+  with jax.named_scope("greedy"):
+    id_B = jax.lax.cond(  # argmax costs as much as the rest of the draw: only when a row wants it
+      jnp.any(is_greedy_B),
+      lambda: jnp.where(is_greedy_B, jnp.argmax(scaled_BV, axis=-1).astype(jnp.int32), drawn_B),
+      lambda: drawn_B,
+    )
   chosen_B = jnp.take_along_axis(scaled_BV, id_B[:, None], axis=-1)[:, 0]
   return id_B, chosen_B - peak_B - jnp.log(jnp.sum(weight_BV, axis=-1))

@@ -30,10 +30,16 @@ POOL_BYTES = 1 << 30  # the pool has as many rows as decode unless that takes mo
 
 
 def make_shapes(
-  config: QwenConfig, rows: int, context: int, prefill_rows: int, steps: int
+  config: QwenConfig,
+  rows: int,
+  context: int,
+  prefill_rows: int,
+  steps: int,
+  platform: str | None = None,
 ) -> Shapes:
-  """Compiled shapes of an engine on the default backend."""
-  on_cpu = jax.default_backend() == "cpu"
+  """Compiled shapes of an engine; `platform` is the default backend unless named."""
+  platform = platform or jax.default_backend()
+  on_cpu = platform == "cpu"
   chunks = -(-context // CHUNK)
   group = 16 if on_cpu and rows % 16 == 0 else rows
   block = 32 if on_cpu else CHUNK
@@ -42,7 +48,16 @@ def make_shapes(
   row_bytes *= chunks * CHUNK * itemsize
   pool = max(prefill_rows, min(rows, POOL_BYTES // row_bytes))
   calls = max(-(-chunks * CHUNK // (prefill_rows * block)), 32)
-  return Shapes(rows, pool, chunks, CHUNK, group, prefill_rows, block, calls, steps)
+  return Shapes(
+    rows, pool, chunks, CHUNK, group, prefill_rows, block, calls, steps, platform == "tpu"
+  )
+
+
+def cache_sharding(config: QwenConfig, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """Key/value heads over `tensor` where it divides them, else the cache is whole everywhere."""
+  split = config.num_key_value_heads % mesh.shape["tensor"] == 0
+  spec = jax.sharding.PartitionSpec(None, None, "tensor" if split else None)
+  return jax.sharding.NamedSharding(mesh, spec)
 
 
 class Engine:
@@ -114,9 +129,7 @@ class Engine:
 
     if self._mesh is None:
       return jax.jit(make)()
-    split = self.config.num_key_value_heads % self._mesh.shape["tensor"] == 0
-    spec = jax.sharding.PartitionSpec(None, None, "tensor" if split else None)
-    return jax.jit(make, out_shardings=jax.sharding.NamedSharding(self._mesh, spec))()
+    return jax.jit(make, out_shardings=cache_sharding(self.config, self._mesh))()
 
   @property
   def mesh(self) -> jax.sharding.Mesh | None:

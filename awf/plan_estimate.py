@@ -1,0 +1,236 @@
+"""From counted programs to speeds (tokens, steps, problems) and the two ratios of a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+
+from awf.chips import Chip
+from awf.grpo.attention import BLOCK
+from awf.hlo_cost import Cost, Count, count_module
+from awf.hlo_text import parse_module
+from awf.plan_ideal import decode_step_bytes, update_flops
+from awf.plan_target import Target
+from awf.qwen.lora import target_shapes
+
+if TYPE_CHECKING:
+  from awf.plan import Program
+  from awf.plan_programs import Setup
+
+PARTS = ("prefill", "share_prompts", "decode")
+
+
+def count_program(
+  config: ConfigDict, setup: Setup, name: str, text: str, chip: Chip
+) -> tuple[dict[str, Cost], list[str]]:
+  """Costs of a program's parts, and what had to be guessed.
+
+  The sampler: one `prefill` call, one chunk of `share_prompts`, one `decode` step at mid-completion
+  (and `decode_empty`, the same with one live chunk), and what a dispatch does once (`once`). The
+  learner: `whole`, one pass over all bins.
+  """
+  module = parse_module(text)
+  if name != "sampler":
+    count = count_module(module, lambda n: learner_trips(setup, n))
+    return {"whole": count.total(None, chip.flops, chip.bandwidth)}, _guessed(count)
+  taken = {
+    "top_k": config.sampler.top_k > 0 or config.executor.top_k > 0,
+    "top_p": config.sampler.top_p < 1 or config.executor.top_p < 1,
+    "greedy": config.sampler.temperature <= 0 or config.executor.temperature <= 0,
+  }
+
+  def is_taken(op_name: str) -> bool | None:
+    return next((v for k, v in taken.items() if f"/{k}/" in op_name), None)
+
+  def counted(tokens: float) -> Count:
+    return count_module(module, lambda n: sampler_trips(setup, n, tokens), is_taken)
+
+  count = counted(live_tokens(setup))
+  parts = {part: count.inside(f"/{part}/while") for part in PARTS}
+  inside = {id(op) for ops in parts.values() for op in ops if op.loops}
+  parts = {k: [op for op in ops if op.loops] for k, ops in parts.items()}
+  parts["once"] = [op for op in count.ops if id(op) not in inside]
+  parts["decode_empty"] = [op for op in counted(1.0).inside("/decode/while") if op.loops]
+  costs = {k: count.total(ops, chip.flops, chip.bandwidth) for k, ops in parts.items()}
+  return costs, _guessed(count)
+
+
+def live_tokens(setup: Setup) -> float:
+  """Tokens of a row, the one that is written included, in the middle of its completion."""
+  return setup.prompt + setup.new / 2
+
+
+def sampler_trips(setup: Setup, op_name: str, tokens: float) -> float | None:
+  """Trips of the dispatch's loops that depend on data."""
+  width = setup.shapes.chunk
+  if op_name.endswith("/live_chunks/while"):
+    if "/decode/" in op_name:
+      return -(-tokens // width)
+    blocks = -(-setup.prompt // setup.shapes.block)
+    return sum(i * setup.shapes.block // width + 1 for i in range(blocks)) / blocks
+  return 1.0 if op_name.endswith(tuple(f"/{part}/while" for part in PARTS)) else None
+
+
+def learner_trips(setup: Setup, op_name: str) -> float | None:
+  """Trips of the learner's loops that depend on data."""
+  from awf.plan_programs import average_key_blocks
+
+  batch, trainer = setup.batch, setup.trainer
+  if op_name.endswith("/bins/while"):
+    return float(batch.num_steps)
+  if op_name.endswith("head_chunks/while") or op_name.endswith("head_chunks)/while"):
+    chunk = min(trainer.head_chunk, batch.target_ZBU.shape[2])
+    steps = batch.num_targets_Z[: int(batch.num_steps)]
+    return float(sum(-(-int(n) // chunk) for n in steps)) / len(steps)
+  if "key_blocks" in op_name and op_name.endswith("/while"):
+    return average_key_blocks(batch, BLOCK)
+  return None
+
+
+def _guessed(count: Count) -> list[str]:
+  return [*dict.fromkeys(count.unknown_loops), *count.unknown_calls]
+
+
+def ratios(config: ConfigDict, setup: Setup, programs: dict[str, Program]) -> dict[str, Any]:
+  """What the compiled programs move and compute against what they must.
+
+  `decode_bytes`: bytes that one decode step reads / (weights and adapters once + live KV).
+  `update_flops`: FLOPs of one update / (forward + recomputation + backward to activations and
+  LoRA), both of the bins as packed. `update_padding`: tokens of the bins / tokens in them.
+  """
+  found: dict[str, Any] = {}
+  sampler, update = programs.get("sampler"), programs.get("update")
+  if sampler and sampler.parts:
+    must = decode_step_bytes(
+      setup.model, setup.params, setup.lora, setup.shapes.rows, live_tokens(setup),
+      setup.mesh.shape["tensor"],
+    )  # fmt: skip
+    read = sampler.parts["decode"].read
+    found["decode_bytes"] = round(read / must["total"], 4)
+    found["decode_step"] = {"read": read, **{f"must_{k}": v for k, v in must.items()}}
+  if update and update.parts:
+    batch = setup.batch
+    must = update_flops(
+      setup.model, config.lora.rank, tuple(config.lora.targets), batch, config.grpo.remat
+    )
+    spread = setup.mesh.size
+    done = update.parts["whole"].flops * spread
+    filled = batch.tokens_ZBT.shape[2] * batch.tokens_ZBT.shape[1] * int(batch.num_steps)
+    found["update_flops"] = round(done / must["total"], 4)
+    found["update_padding"] = round(filled / max(1, batch.num_tokens), 4)
+    found["update_step"] = {"flops": done, **{f"must_{k}": v for k, v in must.items()}}
+  return found
+
+
+def extrapolate(ends: Sequence[Program], depths: tuple[int, int], depth: int) -> Program:
+  """A program of `depth` layers on the line through two shallow ones."""
+  share = (depth - depths[0]) / (depths[1] - depths[0])
+
+  def line(a: float, b: float) -> float:
+    return max(0.0, a + (b - a) * share)
+
+  first, second = (p.compiled for p in ends)
+  names = ("arguments", "outputs", "aliased", "temporaries", "code")
+  compiled = dataclasses.replace(
+    first,
+    **{n: line(getattr(first, n), getattr(second, n)) for n in names},
+    text="",
+    seconds=first.seconds + second.seconds,
+  )
+  parts = {}
+  for name in first.text and second.text and ends[0].parts or {}:
+    pair = [dataclasses.astuple(p.parts[name]) for p in ends]
+    parts[name] = Cost(*(line(a, b) for a, b in zip(*pair, strict=True)))
+  return dataclasses.replace(ends[0], compiled=compiled, parts=parts)
+
+
+# --- speed
+
+
+def estimates(config: ConfigDict, setup: Setup, programs: dict[str, Program]) -> dict[str, Any]:
+  """Roofline speed of a wave of proposals, of a step, and of the loop; None where not counted."""
+  sampler, update = programs.get("sampler"), programs.get("update")
+  parts = sampler.parts if sampler else {}
+  seconds = {k: v.seconds for k, v in parts.items()}
+  step = update.parts["whole"].seconds if update and update.parts else None
+  if "logprobs" in programs and step is not None and config.grpo.beta:
+    whole = programs["logprobs"].parts.get("whole")
+    extra = whole.seconds if whole else 0.0
+  else:
+    extra = 0.0
+  per_batch = None if step is None else step * config.grpo.steps_per_batch + extra
+  return _speeds(config, setup, seconds, per_batch)
+
+
+def _speeds(config, setup: Setup, seconds: dict[str, float], per_batch: float | None):
+  if not seconds:
+    return dict(tokens_per_second=None, seconds_per_step=per_batch, problems_per_hour=None)
+  rows, group = setup.shapes.rows, config.grpo.group_size
+  proposals = _wave(config, setup, seconds, setup.prompt, setup.new, group)
+  speed = rows * setup.new / proposals
+  problem = _wave(
+    config, setup, seconds, config.plan.problem_prompt, config.executor.max_new_tokens, 1
+  )
+  result = {
+    "tokens_per_second": round(speed, 1),
+    "seconds_per_step": None if per_batch is None else round(per_batch, 4),
+    "problems_per_hour": None,
+  }
+  if per_batch is not None:
+    children = config.search.parents * group
+    problems = children * config.search.subset_problems
+    round_seconds = (
+      proposals * max(1.0, children / rows)
+      + problem * max(1.0, problems * config.plan.calls / rows)
+      + per_batch
+    )
+    result["problems_per_hour"] = round(3600 * problems / round_seconds, 1)
+    result["seconds_per_round"] = round(round_seconds, 3)
+  return result
+
+
+def _wave(config, setup: Setup, seconds, prompt: int, new: int, group: int) -> float:
+  """Seconds in which all rows are filled once and run to their last token."""
+  s, rows = setup.shapes, setup.shapes.rows
+  chunk_seconds = (seconds["decode"] - seconds["decode_empty"]) / max(
+    1.0, -(-live_tokens(setup) // s.chunk) - 1
+  )
+  step = seconds["decode_empty"] + chunk_seconds * max(0.0, -(-(prompt + new / 2) // s.chunk) - 1)
+  blocks = -(-prompt // s.block) * -(-rows // group)
+  calls = -(-blocks // s.blocks)
+  copies = rows * -(-prompt // s.chunk)
+  dispatches = -(-new // s.steps)
+  return (
+    calls * seconds["prefill"]
+    + copies * seconds["share_prompts"]
+    + new * step
+    + dispatches * seconds["once"]
+  )
+
+
+def estimate_counted(config: ConfigDict, setup: Setup, target: Target) -> dict[str, Any]:
+  """Speed of a chip that nothing is compiled for: what must be read and computed at its figures."""
+  chip, model, s = target.chip, setup.model, setup.shapes
+
+  def step(tokens: float) -> float:
+    must = decode_step_bytes(model, setup.params, setup.lora, s.rows, tokens)
+    return must["total"] / chip.bandwidth
+
+  matrices = model.num_hidden_layers * sum(i * o for i, o in target_shapes(model).values())
+  once = decode_step_bytes(model, setup.params, setup.lora, 1, 0.0)["total"] / chip.bandwidth
+  prefill = max(once, 2.0 * matrices * s.blocks * s.block / chip.flops)
+  seconds = {
+    "prefill": prefill,
+    "share_prompts": 0.0,
+    "decode": step(live_tokens(setup)),
+    "decode_empty": step(float(s.chunk)),
+    "once": 0.0,
+  }
+  must = update_flops(
+    model, config.lora.rank, tuple(config.lora.targets), setup.batch, config.grpo.remat
+  )
+  per_batch = must["total"] / chip.flops * config.grpo.steps_per_batch
+  return _speeds(config, setup, seconds, per_batch) | {"ratios": {}}

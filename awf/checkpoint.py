@@ -111,6 +111,38 @@ class Checkpointer:
       )
     return None
 
+  def arrays(self, prefixes: tuple[str, ...]) -> tuple[int, dict[str, np.ndarray]] | None:
+    """Some arrays of the newest sound checkpoint, without its state's structure.
+
+    Args:
+      prefixes: of the arrays' dotted paths, for instance "lora.".
+
+    Returns:
+      (step, path -> array), or None when there is no checkpoint.
+
+    Raises:
+      UserError: all checkpoints are damaged.
+    """
+    for step in reversed(self.steps()):
+      folder = self.directory / str(step)
+      try:
+        if json.loads((folder / _MANIFEST).read_text()) != _digests(folder):
+          raise BrokenCheckpointError("its files are not those that were written")
+        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        layout = self._manager.restore(step, args=items).meta["layout"]
+        empty = {name: np.empty(shape, kind) for name, (shape, kind) in layout.items()}
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(empty))
+        found = self._manager.restore(step, args=items).state
+      except _BROKEN as error:
+        logging.warning("checkpoint %d in %s is damaged: %s", step, self.directory, error)
+        continue
+      return step, {name: x for name, x in found.items() if name.startswith(prefixes)}
+    if self.steps():
+      raise UserError(
+        f"{self.directory}: expected a sound checkpoint among {self.steps()}, all are damaged"
+      )
+    return None
+
   def close(self) -> None:
     """Frees the manager's threads."""
     self._manager.close()

@@ -49,7 +49,8 @@ def run_sft(config: ConfigDict, workdir: Any) -> dict[str, Any]:
   if sft.weights == "lora":
     lora = initial_lora(config, model_config, lora_config, hf.fingerprint(config.model.path))
   share = _trainable_share(lora, model_config)
-  workdir.add_to_record(trainable_share=share)
+  base = hf.fingerprint(config.model.path) if lora is not None else ""
+  workdir.add_to_record(trainable_share=share, base_fingerprint=base)
   log.info("%.3f %% of the parameters are trained", 100 * share)
   mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
   trainer = SFTTrainer(

@@ -62,6 +62,7 @@ class System:
     self.policy = QwenPolicy.from_config(config, None if single else self.mesh)
     self.policy.prompt_ids([{"role": "user", "content": "?"}])  # no chat template: said now
     self.workdir.add_to_record(
+      base_fingerprint=self.policy.base_fingerprint,
       trainable_parameters=self.policy.trainable_parameters,
       trainable_share=self.policy.trainable_share,
     )

@@ -31,6 +31,9 @@ log = logging.getLogger("awf")
 OPERATIONAL = (
   "backup.",
   "bench.",
+  "export.",
+  "generate.",
+  "lora.paths",
   "plan.",
   "sandbox.workers",
   "sandbox.max_children",

@@ -184,6 +184,14 @@ def base_config() -> ConfigDict:
       log_every=20,
     )
   )
+  c.export = ConfigDict(
+    dict(
+      format="peft",  # peft, merged (base + adapter as a Hugging Face checkpoint)
+      path="",  # directory to write; "" = DIR/peft or DIR/merged
+      dtype="auto",  # of merged weights; auto = the base's own
+      shard_bytes=4 * 2**30,  # largest weight file of a merged checkpoint
+    )
+  )
   c.generate = ConfigDict(
     dict(sampling="config")  # config.sampler's, or the checkpoint's generation_config.json
   )

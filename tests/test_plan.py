@@ -24,7 +24,7 @@ from configs.common import MODELS
 
 HAS_TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
 SMALL = dict(
-  model_type="qwen2", vocab_size=512, hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+  model_type="qwen2", vocab_size=512, hidden_size=128, intermediate_size=2048, num_hidden_layers=2,
   num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
 )  # fmt: skip
 
@@ -43,7 +43,7 @@ def make_config(path, target="cpu", **changes):
   c.mesh.data = 1
   c.plan.target = target
   fields = {
-    "sampler.rows": 16, "sampler.context": 512, "sampler.max_new_tokens": 128,
+    "sampler.rows": 16, "sampler.context": 640, "sampler.max_new_tokens": 128,
     "executor.max_new_tokens": 64, "lora.rank": 4, "grpo.group_size": 4, "grpo.micro_batch": 4,
     "grpo.remat": True, "search.parents": 2, "plan.programs": ("sampler", "update"),
     "plan.problem_prompt": 64,
@@ -74,12 +74,12 @@ def test_the_plan_has_every_figure_and_allocates_nothing(result):
 
 def test_memory_is_that_of_the_arrays(small, result):
   setup = make_setup(make_config(small), find_target("cpu"))
-  d, f, v, k = 128, 512, 512, 2 * 32
+  d, f, v, k = 128, 2048, 512, 2 * 32
   layer = 2 * d * d + 2 * d * k + d + 2 * k + 3 * d * f + 2 * d
   memory = setup.memory()
   assert memory["weights"] == 4 * (2 * layer + 2 * v * d + d) == bytes_of(setup.params)
   s = setup.shapes
-  assert memory["kv"] == 2 * 2 * 4 * k * (s.rows + s.pool + 1) * 512
+  assert memory["kv"] == 2 * 2 * 4 * k * (s.rows + s.pool + 1) * 640
   lora = 4 * 4 * 2 * (2 * (d + d) + 2 * (d + k) + 3 * (d + f))
   assert memory["lora"] == 3.5 * lora
   assert memory["optimizer"] == pytest.approx(2 * lora, rel=0.01)
@@ -90,11 +90,11 @@ def test_memory_is_that_of_the_arrays(small, result):
 
 def test_parts_of_the_sampler_by_hand(small, result):
   """One decode step: every matrix once per row; one prefill call: all but the last layer's MLP."""
-  d, f, v, k, rows = 128, 512, 512, 64, 16
+  d, f, v, k, rows = 128, 2048, 512, 64, 16
   matrices = 2 * (2 * d * d + 2 * d * k + 3 * d * f) + d * v
   adapters = 2 * 4 * (2 * (d + d) + 2 * (d + k) + 3 * (d + f))
   decode = result["programs"]["sampler"]["parts"]["decode"]["flops"]
-  chunks = -(-(384 + 64) // 128)
+  chunks = -(-(512 + 64) // 128)
   attention = 2 * 2 * 2 * rows * chunks * 128 * d
   assert decode == pytest.approx(2 * rows * (matrices + adapters) + attention, rel=0.25)
   empty = result["programs"]["sampler"]["parts"]["decode_empty"]
@@ -191,7 +191,7 @@ def test_mistakes_are_one_line(small):
   with pytest.raises(UserError, match="config.plan.target"):
     validate(config, "plan")
   with pytest.raises(UserError, match="config.sampler.context"):
-    sizes(make_config(small, **{"plan.prompt": 500, "plan.new": 100}))
+    sizes(make_config(small, **{"plan.prompt": 600, "plan.new": 100}))
   with pytest.raises(UserError, match="config.json"):
     make_setup(make_config("nobody/nothing"), find_target("cpu"))
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 from awf.chips import Chip
-from awf.grpo.attention import BLOCK
 from awf.hlo_cost import Cost, Count, count_module
 from awf.hlo_text import parse_module
 from awf.plan_ideal import decode_step_bytes, update_flops
@@ -86,7 +85,7 @@ def learner_trips(setup: Setup, op_name: str) -> float | None:
     steps = batch.num_targets_Z[: int(batch.num_steps)]
     return float(sum(-(-int(n) // chunk) for n in steps)) / len(steps)
   if "key_blocks" in op_name and op_name.endswith("/while"):
-    return average_key_blocks(batch, BLOCK)
+    return average_key_blocks(batch, trainer.block)
   return None
 
 
@@ -99,7 +98,8 @@ def ratios(config: ConfigDict, setup: Setup, programs: dict[str, Program]) -> di
 
   `decode_bytes`: bytes that one decode step reads / (weights and adapters once + live KV).
   `update_flops`: FLOPs of one update / (forward + recomputation + backward to activations and
-  LoRA), both of the bins as packed. `update_padding`: tokens of the bins / tokens in them.
+  LoRA), of the tokens that there are. `update_padding`: tokens of the bins / tokens in them, a part
+  of that excess.
   """
   found: dict[str, Any] = {}
   sampler, update = programs.get("sampler"), programs.get("update")

@@ -63,7 +63,7 @@ def _ratios(ratios: dict[str, Any]) -> list[str]:
   if "update_flops" in ratios:
     lines.append(
       f"one update does {ratios['update_flops']:.3f}x the FLOPs of forward + recomputation + "
-      f"backward to activations and LoRA; its bins hold {ratios['update_padding']:.3f}x the tokens"
+      f"backward to activations and LoRA ({ratios['update_padding']:.3f}x by padding of bins)"
     )
   return lines
 

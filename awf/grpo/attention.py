@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from awf.qwen.model import NEG_INF, Attend
 
 BLOCK = 64  # tokens per block of queries and keys in block_attend; measured best on a CPU
+TPU_BLOCK = 256  # likewise; large enough for the matrix units
 
 
 def prefers_blocks(mesh: Mesh | None) -> bool:
@@ -24,6 +25,17 @@ def prefers_blocks(mesh: Mesh | None) -> bool:
   if mesh is None:
     return jax.default_backend() == "cpu"
   return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
+def packed_block(mesh: Mesh) -> int:
+  """Tokens per block with which `block_attend` serves one packed row on this mesh; 0: it does not.
+
+  On a TPU the unrolled query blocks of `dense_attend` make programs that take an hour to compile
+  and a GiB of code.
+  """
+  if mesh.size > 1:
+    return 0
+  return {"cpu": BLOCK, "tpu": TPU_BLOCK}.get(mesh.devices.flat[0].platform, 0)
 
 
 def dense_attend(segments_BT: jax.Array, parents_BT: jax.Array, block: int = 128) -> Attend:

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from awf.grpo.advantages import Advantages, group_advantages
-from awf.grpo.attention import block_attend, dense_attend, prefers_blocks
+from awf.grpo.attention import block_attend, dense_attend, packed_block
 from awf.grpo.batch import Batch, bin_size, make_batch
 from awf.grpo.config import (
   GRPOConfig,
@@ -86,7 +86,7 @@ class GRPOTrainer:
     self._model = Qwen(model_config, remat=grpo.remat)
     self._params = params
     self._bins = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    self._has_blocks = prefers_blocks(self.mesh) and self._bins == 1
+    self.block = packed_block(self.mesh)  # 0: attention over all keys at once
     self._size = grpo.micro_batch * _ROW_TOKENS  # tokens per bin; grows, never shrinks
     self._num_steps = _MIN_STEPS  # likewise; padded steps cost a few integers
     self._optimizer = make_optimizer(optim)
@@ -213,8 +213,8 @@ class GRPOTrainer:
     self, lora: Any, base: Any, bins: Batch[jax.Array], data: Any, scalars: Any
   ) -> tuple[jax.Array, Any]:
     """Loss and per-token aux of one step's bins (leaves [B, ...])."""
-    if self._has_blocks:
-      attend = block_attend(bins.segments_ZBT[0], bins.parents_ZBT[0])
+    if self.block:
+      attend = block_attend(bins.segments_ZBT[0], bins.parents_ZBT[0], self.block)
     else:
       attend = dense_attend(bins.segments_ZBT, bins.parents_ZBT)
     variables = {"params": base}

@@ -23,7 +23,7 @@ def run_generate(config: ConfigDict, workdir: Any, input: str, output: str) -> d
   """
   import jax
 
-  from awf.policy import QwenPolicy
+  from awf.policy import make_policy
   from awf.runtime_setup import setup_jax
   from awf.sampler.generate import run_generate as complete_lines
   from awf.sharding import make_mesh
@@ -31,7 +31,7 @@ def run_generate(config: ConfigDict, workdir: Any, input: str, output: str) -> d
   del workdir
   setup_jax()
   mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
-  policy = QwenPolicy.from_config(config, mesh)
+  policy = make_policy(config, mesh)
   s = config.sampler
   try:
     return complete_lines(

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from awf.chips import TARGETS
-from awf.config_io import PATH_FIELDS, find_path, flatten, get_field
+from awf.config_io import PATH_FIELDS, find_path, flatten, get_field, is_object_name
 from awf.types import UserError
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,6 +60,11 @@ RULES: dict[str, Rule] = {
   "name": Rule(
     lambda v: bool(re.fullmatch(r"[\w.-]+", v)), "letters, digits, dots, dashes and underscores"
   ),
+  "metrics": Rule(
+    lambda v: all(map(is_object_name, v)) and len(set(v)) == len(v),
+    "package.module:function, each once",
+  ),
+  "model.policy": Rule(is_object_name, "package.module:Class, such as awf.policy:QwenPolicy"),
   "model.dtype": _DTYPES,
   "model.compute_dtype": _DTYPES,
   "model.quant": one_of("none", "int8", "int4"),
@@ -79,6 +84,9 @@ RULES: dict[str, Rule] = {
   "sampler.prefill_rows": at_least(1),
   "sampler.steps_per_dispatch": at_least(1),
   "executor.concurrency": at_least(1),
+  "task.name": Rule(
+    lambda v: ":" not in v or is_object_name(v), "a data set's name, or package.module:Class"
+  ),
   "task.limit": at_least(0),
   "task.validation_share": Rule(lambda v: 0 < v < 1, "a share strictly between 0 and 1"),
   "sandbox.workers": at_least(0),

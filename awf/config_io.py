@@ -8,17 +8,23 @@ nearest known field.
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 import json
+import os
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from awf.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
+_OBJECT = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 # Fields that hold a file or directory; a relative one is looked up below the working directory,
 # then the repository.
@@ -81,6 +87,48 @@ def _import_file(path: Path):
   except SyntaxError as e:
     raise UserError(f"--config={path}: line {e.lineno}: {e.msg}") from e
   return module
+
+
+def is_object_name(text: str) -> bool:
+  """Whether a text has the form `package.module:name`; nothing is imported."""
+  return _OBJECT.fullmatch(text) is not None
+
+
+def load_object(name: str, field: str) -> Any:
+  """Imports what `package.module:name` names, from Python's path or the working directory.
+
+  Args:
+    name: as the user gave it.
+    field: the config field that holds it, for messages.
+
+  Raises:
+    UserError: another form, no such module or name, or a module that is not valid Python.
+  """
+  if not is_object_name(name):
+    raise UserError(f"{field} = {name!r}: expected package.module:name")
+  module, _, attribute = name.partition(":")
+  here = os.getcwd()
+  if here not in sys.path:
+    sys.path.append(here)  # last: a user's file never hides a module of ours
+  try:
+    found = importlib.import_module(module)
+  except (ImportError, SyntaxError) as error:
+    raise UserError(f"cannot import {field} = {name!r}: {error}") from error
+  if not hasattr(found, attribute):
+    raise UserError(f"{field} = {name!r}: the module {module} has no {attribute!r}")
+  return getattr(found, attribute)
+
+
+def load_class(name: str, field: str, base: type[T]) -> type[T]:
+  """As `load_object`, for a subclass of `base`.
+
+  Raises:
+    UserError: as `load_object`, or something else than a subclass.
+  """
+  found = load_object(name, field)
+  if not (isinstance(found, type) and issubclass(found, base)):
+    raise UserError(f"{field} = {name!r}: expected a subclass of {base.__name__}")
+  return found
 
 
 def find_path(text: str) -> Path:

@@ -29,7 +29,7 @@ def run_generate(config: ConfigDict, workdir: Any, input: str, output: str) -> d
   """
   import jax
 
-  from awf.policy import QwenPolicy
+  from awf.policy import make_policy
   from awf.qwen.hf_config import generation_defaults
   from awf.runtime_setup import setup_jax
   from awf.sampler.generate import run_generate as complete_lines
@@ -38,7 +38,7 @@ def run_generate(config: ConfigDict, workdir: Any, input: str, output: str) -> d
   del workdir
   setup_jax()
   mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
-  policy = QwenPolicy.from_config(config, mesh)
+  policy = make_policy(config, mesh)
   s = config.sampler
   sampling = SamplingParams(s.temperature, s.top_p, s.top_k, s.max_new_tokens)
   if config.generate.sampling == "checkpoint":

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from awf.config_io import find_path
+from awf.config_io import find_path, load_class
 from awf.qwen import hf
 from awf.qwen.config import QwenConfig
 from awf.qwen.lora import Lora, LoRAConfig, count, init_lora, scaled, stack_adapters, widen
@@ -267,6 +267,16 @@ class QwenPolicy:
   def close(self) -> None:
     """Ends the engine's thread."""
     self.engine.close()
+
+
+def make_policy(config: ConfigDict, mesh: Mesh | None = None) -> QwenPolicy:
+  """The policy that `config.model.policy` names: QwenPolicy, or a subclass of the user's own.
+
+  Raises:
+    UserError: no such class, or as `QwenPolicy.from_config`.
+  """
+  chosen = load_class(config.model.policy, "config.model.policy", QwenPolicy)
+  return chosen.from_config(config, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))

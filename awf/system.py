@@ -43,7 +43,7 @@ class System:
 
   def _build(self) -> None:
     # JAX is imported from here on.
-    from awf.policy import QwenPolicy
+    from awf.policy import make_policy
     from awf.runtime_setup import setup_jax
     from awf.sharding import make_mesh
     from awf.tasks import make_task
@@ -59,7 +59,7 @@ class System:
     self.workdir.record_devices()
     self.mesh = make_mesh(**config.mesh)
     single = self.mesh.size == 1
-    self.policy = QwenPolicy.from_config(config, None if single else self.mesh)
+    self.policy = make_policy(config, None if single else self.mesh)
     self.policy.prompt_ids([{"role": "user", "content": "?"}])  # no chat template: said now
     self.workdir.add_to_record(
       base_fingerprint=self.policy.base_fingerprint,

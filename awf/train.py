@@ -63,13 +63,14 @@ class Loop:
 
   def __init__(self, system: System, trains: bool):
     from awf.checkpoint import Checkpointer
-    from awf.metrics import MetricsLogger
+    from awf.metrics import MetricsLogger, OwnMetrics
     from awf.qwen import hf
 
     self.system, self.config, self.trains = system, system.config, trains
     self.workdir = system.workdir
     self.start = time.perf_counter()
     self.progress = Progress()
+    self.own_metrics = OwnMetrics(self.config.metrics)
     self.metrics = MetricsLogger(self.workdir)
     self.checkpoints = Checkpointer(
       self.workdir.checkpoints,
@@ -141,11 +142,8 @@ class Loop:
     }
     best, seed = search.best(), search.tree.nodes[1]
     quality = p.beaten + (best.score > seed.score)
-    results = {
-      **result.metrics,
-      **update,
-      "checkpoint_quality": quality,
-    }
+    results = {**result.metrics, **update, "checkpoint_quality": quality}
+    results |= self.own_metrics(result.rollouts, results)
     self.metrics.log(p.step, results, timings, epoch=epoch)
     if p.step % self.config.train.checkpoint_every == 0 or p.is_stopped:
       self._save()

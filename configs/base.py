@@ -11,6 +11,8 @@ def base_config() -> ConfigDict:
   c = ConfigDict()
   c.seed = 0
   c.name = "base"
+  # Metrics of your own, "package.module:function"; each maps a round's rollouts to {name: number}.
+  c.metrics = ()
 
   c.model = ConfigDict(
     dict(
@@ -20,6 +22,7 @@ def base_config() -> ConfigDict:
       quant="none",  # none, int8 (per output channel), int4 (by groups); the base is frozen then
       quant_group=128,  # int4: inputs that share a scale
       quant_embedding=True,  # int8 embedding and head too; False leaves them in dtype
+      policy="awf.policy:QwenPolicy",  # package.module:Class; a subclass of it of your own
       tokenizer="",  # directory or .model file; "" = the checkpoint's own
       # Only for a model made from nothing (mode sft, empty path): fields of
       # awf.qwen.config.QwenConfig.
@@ -70,7 +73,7 @@ def base_config() -> ConfigDict:
   )
   c.task = ConfigDict(
     dict(
-      name="aime",  # aime, gsm8k, humaneval, nano
+      name="aime",  # aime, gsm8k, humaneval, nano; or package.module:Class of your own
       path="",  # local JSON or JSON lines; "" downloads from the data set's home
       test_path="",  # for a data set that comes split
       limit=0,  # use the first n problems; 0 = all

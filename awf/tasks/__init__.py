@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from awf.config_io import load_class
 from awf.tasks.aime import AIMEEvaluator
-from awf.tasks.base import DatasetEvaluator, TaskConfig
+from awf.tasks.base import DatasetEvaluator, TaskConfig, id_field, text_field
 from awf.tasks.evaluator import WorkflowEvaluator
 from awf.tasks.gsm8k import GSM8KEvaluator
 from awf.tasks.humaneval import HumanEvalEvaluator
@@ -29,7 +29,9 @@ __all__ = [
   "NumericComparisonValidator",
   "TaskConfig",
   "WorkflowEvaluator",
+  "id_field",
   "make_task",
+  "text_field",
 ]
 
 
@@ -51,16 +53,9 @@ def make_task(config: Mapping[str, Any], sandbox: Any = None) -> DatasetEvaluato
 def _find(name: str) -> type[DatasetEvaluator]:
   if name in TASKS:
     return TASKS[name]
-  module, colon, attribute = name.partition(":")
-  if not colon:
+  if ":" not in name:
     raise UserError(
       f"unknown config.task.name={name!r}: expected one of {', '.join(sorted(TASKS))}, or "
       "package.module:Class of your own"
     )
-  try:
-    found = getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise UserError(f"cannot import config.task.name={name!r}: {error}") from error
-  if not (isinstance(found, type) and issubclass(found, DatasetEvaluator)):
-    raise UserError(f"config.task.name={name!r}: expected a subclass of DatasetEvaluator")
-  return found
+  return load_class(name, "config.task.name", DatasetEvaluator)

@@ -173,7 +173,11 @@ def test_visible_pairs_are_those_of_the_mask():
   seen &= np.tri(512, dtype=bool) & (segments > 0)[:, None] & (segments > 0)[None]
   assert visible_pairs(batch) == seen.sum()
   must = update_flops(ARCHITECTURES["Qwen/Qwen3-0.6B"], 8, ("q_proj",), batch, True)
-  assert must["recompute"] == must["forward"]
+  down = 2 * 28 * 1024 * 3072 * batch.num_tokens
+  assert must["recompute"] == must["forward"] - down
+  assert (
+    update_flops(ARCHITECTURES["Qwen/Qwen3-0.6B"], 8, ("q_proj",), batch, False)["recompute"] == 0
+  )
   assert must["total"] == sum(must[k] for k in ("forward", "recompute", "backward", "head"))
 
 

@@ -124,6 +124,14 @@ def test_a_config_that_does_not_fit_gets_the_nearest_change(small, result, capsy
   assert plan_once(changed, find_target("cpu"))["fits"] is True
 
 
+def test_resident_arrays_that_are_too_much_need_no_compiler(small):
+  config = make_config(small, **{"plan.trials": 0})
+  config.plan.reserve_gb = find_target("cpu").chip.memory / 2**30 - 0.001
+  found = run_plan(config, None)
+  assert found["fits"] is False and found["compiled"] is False and found["programs"] == {}
+  assert found["peak_gb"] > found["capacity_gb"] and found["tokens_per_second"] is None
+
+
 def test_candidates_begin_with_the_part_that_is_the_peak(small):
   config = make_config(small, **{"grpo.remat": False})
   assert next(candidates(config, True)) == {"sampler.rows": 8}

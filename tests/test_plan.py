@@ -132,6 +132,21 @@ def test_resident_arrays_that_are_too_much_need_no_compiler(small):
   assert found["peak_gb"] > found["capacity_gb"] and found["tokens_per_second"] is None
 
 
+def test_the_fast_plan_agrees_with_the_whole_model(small, tmp_path):
+  """Programs of 2 and 4 layers lie on the line on which that of 6 lies."""
+  (tmp_path / "config.json").write_text(json.dumps(SMALL | {"num_hidden_layers": 6}))
+  config = make_config(str(tmp_path), **{"plan.programs": ("sampler",)})
+  whole = plan_once(config, find_target("cpu"))
+  config.plan.fast = True
+  fast = plan_once(config, find_target("cpu"))
+  assert (whole["extrapolated"], fast["extrapolated"]) == (False, True)
+  assert fast["peak_bytes"] == pytest.approx(whole["peak_bytes"], rel=0.02)
+  for part, cost in whole["programs"]["sampler"]["parts"].items():
+    found = fast["programs"]["sampler"]["parts"][part]
+    assert found["flops"] == pytest.approx(cost["flops"], rel=1e-6)
+    assert found["bytes"] == pytest.approx(cost["bytes"], rel=0.05)
+
+
 def test_candidates_begin_with_the_part_that_is_the_peak(small):
   config = make_config(small, **{"grpo.remat": False})
   assert next(candidates(config, True)) == {"sampler.rows": 8}

@@ -63,7 +63,7 @@ def run_plan(config: ConfigDict, workdir: Any) -> dict[str, Any]:
 
   result = plan_once(config, target)
   print_table(result, sys.stderr)
-  if not result["fits"] and target.is_compiled and config.plan.trials:
+  if not result["fits"] and target.is_compiled and config.plan.trials > 0:
     change, tried = nearest_change(config, target, result, plan_once)
     result |= {"change": change, "tried": tried}
     words = ", ".join(f"config.{k}={v}" for k, v in (change or {}).items())
@@ -87,8 +87,9 @@ def plan_once(config: ConfigDict, target: Target) -> dict[str, Any]:
     "parameters": setup.model.num_parameters,
     "devices": int(setup.mesh.size),
     "mesh": dict(setup.mesh.shape),
-    "compiled": target.is_compiled,
+    "compiled": target.is_compiled and sum(memory.values()) <= capacity,
     "extrapolated": bool(config.plan.fast and target.is_compiled),
+    "counted": not target.is_compiled,  # from operands, at the chip's figures
     "gb": "GiB (2**30 bytes), per device",
     "sizes": {
       "rows": setup.shapes.rows, "context": setup.shapes.chunks * setup.shapes.chunk,
@@ -101,6 +102,9 @@ def plan_once(config: ConfigDict, target: Target) -> dict[str, Any]:
     peak = sum(memory.values())
     body = estimate_counted(config, setup, target)
     return head | _verdict(peak, capacity) | body | {"programs": {}}
+  if sum(memory.values()) > capacity:  # no program can make that smaller
+    speeds = dict.fromkeys(("tokens_per_second", "seconds_per_step", "problems_per_hour"))
+    return head | _verdict(sum(memory.values()), capacity) | speeds | {"programs": {}}
   programs = _compile_all(config, target, setup)
   code = sum(p.compiled.code for p in programs.values())
   peak = max(p.peak for p in programs.values()) + code

@@ -99,7 +99,8 @@ def ratios(config: ConfigDict, setup: Setup, programs: dict[str, Program]) -> di
   `decode_bytes`: bytes that one decode step reads / (weights and adapters once + live KV).
   `update_flops`: FLOPs of one update / (forward + recomputation + backward to activations and
   LoRA), of the tokens that there are. `update_padding`: tokens of the bins / tokens in them, a part
-  of that excess.
+  of that excess. `update_prompt_copies`: tokens in the bins / tokens with every prompt once, which
+  is beside that ratio (bins too small for a whole group hold its prompt again).
   """
   found: dict[str, Any] = {}
   sampler, update = programs.get("sampler"), programs.get("update")
@@ -121,6 +122,9 @@ def ratios(config: ConfigDict, setup: Setup, programs: dict[str, Program]) -> di
     filled = batch.tokens_ZBT.shape[2] * batch.tokens_ZBT.shape[1] * int(batch.num_steps)
     found["update_flops"] = round(done / must["total"], 4)
     found["update_padding"] = round(filled / max(1, batch.num_tokens), 4)
+    once = setup.prompt + config.grpo.group_size * (setup.new - 1)
+    copies = batch.num_tokens / (once * config.search.parents)
+    found["update_prompt_copies"] = round(copies, 4)
     found["update_step"] = {"flops": done, **{f"must_{k}": v for k, v in must.items()}}
   return found
 

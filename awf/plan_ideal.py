@@ -77,8 +77,9 @@ def update_flops(
   """FLOPs of matrix products that one optimiser step must do, without padding.
 
   Forward, the recomputation (only with `remat`), and the backward pass of a frozen base with a
-  LoRA: gradients of activations through every matrix, of weights for the adapter alone. The head
-  is passed forward and backward once for each target.
+  LoRA: gradients of activations through every matrix, of weights for the adapter alone. What no
+  gradient needs is left out: down_proj's product in the recomputation, the way through the first
+  layer's q, k and v. The head is passed forward and backward once for each target.
 
   Returns:
     forward, recompute, backward, head, total.
@@ -89,10 +90,13 @@ def update_flops(
   lora = 2.0 * layers * rank * sum(sum(shapes[t]) for t in targets) * tokens
   attention = 4.0 * layers * config.num_attention_heads * config.head_dim * visible_pairs(batch)
   head = 2.0 * config.hidden_size * config.vocab_size * targets_made
+  size = {name: 2.0 * i * o * tokens for name, (i, o) in shapes.items()}
+  first = size["q_proj"] + size["k_proj"] + size["v_proj"]
+  forward = base + lora + attention
   parts = {
-    "forward": base + lora + attention,
-    "recompute": (base + lora + attention) if remat else 0.0,
-    "backward": base + 2.0 * lora + 2.0 * attention,
+    "forward": forward,
+    "recompute": (forward - layers * size["down_proj"]) if remat else 0.0,
+    "backward": base - first + 2.0 * lora + 2.0 * attention,
     "head": 2.0 * head,
   }
   return parts | {"total": sum(parts.values())}

@@ -148,8 +148,9 @@ def make_setup(config: ConfigDict, target: Target, layers: int = 0) -> Setup:
   params = abstract_params(model, stored, QuantConfig.from_config(config.model), mesh)
   lora_config = LoRAConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
   sampler, grpo = config.sampler, GRPOConfig.from_config(config.grpo)
+  whole = model_config(config, compute)  # its depth decides how many prompts the pool holds
   shapes = make_shapes(
-    model, sampler.rows, sampler.context, sampler.prefill_rows, sampler.steps_per_dispatch,
+    whole, sampler.rows, sampler.context, sampler.prefill_rows, sampler.steps_per_dispatch,
     target.platform,
   )  # fmt: skip
   key = jax.random.key(0)

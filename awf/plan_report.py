@@ -8,8 +8,10 @@ from typing import Any, TextIO
 def print_table(result: dict[str, Any], out: TextIO) -> None:
   """Prints memory, programs, ratios, speeds and the verdict of `awf.plan.plan_once`."""
   r = result
-  how = "compiled" if r["compiled"] else "not compiled: counted operands at the chip's figures"
-  if r["extrapolated"]:
+  how = "compiled" if r["compiled"] else "not compiled: what stays resident is too much already"
+  if r["counted"]:
+    how = "not compiled: counted operands at the chip's figures"
+  elif r["extrapolated"] and r["compiled"]:
     how = "extrapolated from programs of 2 and 4 layers"
   sizes = ", ".join(f"{k} {v:,}" for k, v in r["sizes"].items())
   lines = [

@@ -76,6 +76,7 @@ def nearest_change(
   from awf.plan_programs import make_setup
 
   peaks = {name: p["peak_gb"] for name, p in result["programs"].items()}
+  peaks = peaks or {"sampler": 0.0}  # resident arrays alone are too much: most of them are KV
   capacity = result["capacity_gb"]
   tried: list[dict[str, Any]] = []
   left = config.plan.trials

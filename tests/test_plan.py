@@ -124,6 +124,29 @@ def test_a_config_that_does_not_fit_gets_the_nearest_change(small, result, capsy
   assert plan_once(changed, find_target("cpu"))["fits"] is True
 
 
+def test_resident_arrays_that_are_too_much_need_no_compiler(small):
+  config = make_config(small, **{"plan.trials": 0})
+  config.plan.reserve_gb = find_target("cpu").chip.memory / 2**30 - 0.001
+  found = run_plan(config, None)
+  assert found["fits"] is False and found["compiled"] is False and found["programs"] == {}
+  assert found["peak_gb"] > found["capacity_gb"] and found["tokens_per_second"] is None
+
+
+def test_the_fast_plan_agrees_with_the_whole_model(small, tmp_path):
+  """Programs of 2 and 4 layers lie on the line on which that of 6 lies."""
+  (tmp_path / "config.json").write_text(json.dumps(SMALL | {"num_hidden_layers": 6}))
+  config = make_config(str(tmp_path), **{"plan.programs": ("sampler",)})
+  whole = plan_once(config, find_target("cpu"))
+  config.plan.fast = True
+  fast = plan_once(config, find_target("cpu"))
+  assert (whole["extrapolated"], fast["extrapolated"]) == (False, True)
+  assert fast["peak_bytes"] == pytest.approx(whole["peak_bytes"], rel=0.02)
+  for part, cost in whole["programs"]["sampler"]["parts"].items():
+    found = fast["programs"]["sampler"]["parts"][part]
+    assert found["flops"] == pytest.approx(cost["flops"], rel=1e-6)
+    assert found["bytes"] == pytest.approx(cost["bytes"], rel=0.05)
+
+
 def test_candidates_begin_with_the_part_that_is_the_peak(small):
   config = make_config(small, **{"grpo.remat": False})
   assert next(candidates(config, True)) == {"sampler.rows": 8}
@@ -173,7 +196,11 @@ def test_visible_pairs_are_those_of_the_mask():
   seen &= np.tri(512, dtype=bool) & (segments > 0)[:, None] & (segments > 0)[None]
   assert visible_pairs(batch) == seen.sum()
   must = update_flops(ARCHITECTURES["Qwen/Qwen3-0.6B"], 8, ("q_proj",), batch, True)
-  assert must["recompute"] == must["forward"]
+  down = 2 * 28 * 1024 * 3072 * batch.num_tokens
+  assert must["recompute"] == must["forward"] - down
+  assert (
+    update_flops(ARCHITECTURES["Qwen/Qwen3-0.6B"], 8, ("q_proj",), batch, False)["recompute"] == 0
+  )
   assert must["total"] == sum(must[k] for k in ("forward", "recompute", "backward", "head"))
 
 

@@ -30,8 +30,8 @@ def prefers_blocks(mesh: Mesh | None) -> bool:
 def packed_block(mesh: Mesh) -> int:
   """Tokens per block with which `block_attend` serves one packed row on this mesh; 0: it does not.
 
-  On a TPU the unrolled query blocks of `dense_attend` make programs that take an hour to compile
-  and a GiB of code.
+  On a TPU the unrolled query blocks of `dense_attend` cost code and minutes of compilation: 50 MB
+  and 110 CPU seconds for one layer of 7B at 1,536 tokens.
   """
   if mesh.size > 1:
     return 0

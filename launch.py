@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     print(cli.usage())
     return 0
   _setup_logging()
-  signal.signal(signal.SIGTERM, _on_sigterm)
+  catch_signals()
   command = None
   try:
     command = cli.parse(argv)
@@ -88,6 +90,26 @@ def _setup_logging() -> None:
     stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING
   )
   log.setLevel(logging.INFO)
+
+
+def catch_signals() -> None:
+  """SIGTERM ends a run as Ctrl-C does, and neither gets lost.
+
+  Python drops what a signal's handler raises inside a finaliser or a callback of the garbage
+  collector (JAX has one), and only reports it to this hook: the signal is sent once more.
+  """
+  report = sys.unraisablehook
+
+  def hook(unraisable: sys.UnraisableHookArgs) -> None:
+    dropped = unraisable.exc_value
+    if isinstance(dropped, KeyboardInterrupt):
+      number = signal.SIGTERM if isinstance(dropped, _Terminated) else signal.SIGINT
+      threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+    else:
+      report(unraisable)
+
+  sys.unraisablehook = hook
+  signal.signal(signal.SIGTERM, _on_sigterm)
 
 
 def _on_sigterm(signum: int, frame: object) -> None:

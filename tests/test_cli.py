@@ -229,6 +229,33 @@ def test_an_interrupted_run_says_how_to_resume(text, tmp_path, sent, code):
   assert last.startswith("interrupted") and "resume with: python launch.py --config=" in last
 
 
+@pytest.mark.parametrize(
+  ("sent", "caught"), [("SIGINT", "KeyboardInterrupt"), ("SIGTERM", "_Terminated")]
+)
+def test_an_interrupt_that_python_drops_is_sent_again(sent, caught):
+  code = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import launch
+launch.catch_signals()
+
+class Finalised:
+  def __del__(self):
+    os.kill(os.getpid(), signal.{sent})
+    time.sleep(1)  # the handler raises here, where nobody can catch it
+
+Finalised()
+print("went on", flush=True)
+try:
+  time.sleep(60)
+except KeyboardInterrupt as e:
+  print(type(e).__name__)
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+  assert done.stdout.split("\n")[:2] == ["went on", caught], done.stderr
+
+
 def test_a_second_process_is_kept_out(tmp_path):
   config = base_config()
   with Workdir(tmp_path / "run") as first:

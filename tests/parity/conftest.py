@@ -9,7 +9,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 REAL = ROOT / ".cache" / "real135m"
-TOOL = ROOT.parent / "shared" / "tools" / "real_checkpoint.py"
+SHARED = pathlib.Path(os.environ.get("AWF_SHARED", ROOT.parent / "shared"))
+TOOL = SHARED / "tools" / "real_checkpoint.py"
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+  """Directory with data sets and tools beside the checkout; $AWF_SHARED names another."""
+  return SHARED.resolve()
 
 
 @pytest.fixture(scope="session")

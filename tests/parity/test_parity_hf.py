@@ -15,7 +15,7 @@ import transformers
 from awf.qwen import hf, peft
 from awf.qwen.config import QwenConfig
 from awf.qwen.lora import LoRAConfig, init_lora, scaled
-from awf.qwen.model import Qwen, head
+from awf.qwen.model import Qwen, causal_attend, head
 from awf.qwen.tokenizer import load_tokenizer
 from awf.sampler.engine import Engine, Request
 
@@ -31,23 +31,28 @@ SHAPE = dict(
   max_position_embeddings=4096,
   rms_norm_eps=1e-6,
 )
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+ODD_YARN = {**YARN, "factor": 7.5, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}
+ODD_YARN |= {"mscale": 0.8, "mscale_all_dim": 0.3}
 FAMILIES = {
-  "qwen2": ("qwen2", dict(tie_word_embeddings=True), 1e6),
-  "qwen2.5 untied": ("qwen2", dict(tie_word_embeddings=False), 1e6),
-  "qwen3": ("qwen3", dict(tie_word_embeddings=True, head_dim=32), 1e6),
-  "qwen3 untied, theta 1e4": ("qwen3", dict(tie_word_embeddings=False, head_dim=16), 1e4),
+  "qwen2": ("qwen2", dict(tie_word_embeddings=True), 1e6, {}),
+  "qwen2.5 untied": ("qwen2", dict(tie_word_embeddings=False), 1e6, {}),
+  "qwen3": ("qwen3", dict(tie_word_embeddings=True, head_dim=32), 1e6, {}),
+  "qwen3 untied, theta 1e4": ("qwen3", dict(tie_word_embeddings=False, head_dim=16), 1e4, {}),
+  "qwen2.5 yarn": ("qwen2", dict(tie_word_embeddings=False), 1e6, YARN),
+  "qwen3 yarn": ("qwen3", dict(tie_word_embeddings=True, head_dim=32), 1e4, ODD_YARN),
 }
 
 
 def make_reference(name):
   """A random model whose biases and norms are not at their initial constants."""
-  family, switches, theta = FAMILIES[name]
+  family, switches, theta, scaling = FAMILIES[name]
   kind, model = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
   }[family]
   torch.manual_seed(0)
-  rope = {"rope_type": "default", "rope_theta": theta}
+  rope = {"rope_type": "default", "rope_theta": theta, **scaling}
   reference = model(kind(**SHAPE, **switches, rope_parameters=rope)).eval()
   with torch.no_grad():
     for parameter in reference.parameters():
@@ -56,10 +61,12 @@ def make_reference(name):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def logits_of(config: QwenConfig, params, lora, tokens_BT):
+def logits_of(config: QwenConfig, params, lora, tokens_BT, mask_BT=None):
+  """Logits [B, T, V]; `mask_BT` (1 is a token) may leave padding on either side."""
   collections = {"params": params} if lora is None else {"params": params, "lora": lora}
-  positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
-  hidden, _ = Qwen(config).apply(collections, tokens_BT, positions_BT)
+  mask_BT = jnp.ones(tokens_BT.shape, jnp.int32) if mask_BT is None else mask_BT
+  positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
+  hidden, _ = Qwen(config).apply(collections, tokens_BT, positions_BT, causal_attend(mask_BT))
   return head(params, hidden)
 
 
@@ -92,6 +99,28 @@ def test_shrunk_logits(shrunk, length, record_property):
   ids = np.random.default_rng(length).integers(0, config.vocab_size, (2, length), np.int32)
   ours = logits_of(config, params, None, ids)
   assert worst(ours, reference_logits(reference, ids), record_property) <= 1e-4
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_shrunk_logits_with_padding(shrunk, side, record_property):
+  reference, folder = shrunk
+  config = hf.load_config(folder)
+  params = hf.load_params(folder, config)
+  rng = np.random.default_rng(1)
+  tokens = rng.integers(0, config.vocab_size, (3, 300), np.int32)
+  mask = np.ones(tokens.shape, np.int32)
+  for row, missing in enumerate((0, 7, 180)):
+    mask[row, slice(0, missing) if side == "left" else slice(300 - missing, 300)] = 0
+  positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+  with torch.no_grad():
+    theirs = reference(
+      torch.tensor(tokens, dtype=torch.long),
+      attention_mask=torch.tensor(mask),
+      position_ids=torch.tensor(positions, dtype=torch.long),
+    ).logits.numpy()
+  ours = np.asarray(logits_of(config, params, None, tokens, mask))
+  keep = mask.astype(bool)
+  assert worst(ours[keep], theirs[keep], record_property) <= 1e-4
 
 
 def test_transformers_reads_what_we_save(shrunk, tmp_path, record_property):
@@ -146,6 +175,18 @@ CHATS = (
 )
 
 
+MORE_CHATS = tuple(
+  [{"role": "user", "content": text}]
+  for text in (
+    "List three uses of a paper clip.",
+    "Why is the sky blue? Answer in two sentences.",
+    "Translate to French: The cat sleeps on the red sofa.",
+    "Write a short poem about the sea in winter.",
+    "If a train leaves at 3 pm and travels for 2.5 hours, when does it arrive?",
+  )
+)
+
+
 @pytest.fixture(scope="module")
 def real(real_checkpoint):
   reference = transformers.AutoModelForCausalLM.from_pretrained(
@@ -185,15 +226,16 @@ def test_real_greedy_text(real, real_checkpoint):
   """The sampler at temperature 0 against `generate`, prompts of unequal length in one batch."""
   reference, config, params = real
   tokenizer = load_tokenizer(real_checkpoint)
-  prompts = [tuple(tokenizer.chat_ids(chat)) for chat in CHATS[:2]]
-  with Engine(config, params, rows=2, context=128, prefill_rows=2, steps_per_dispatch=8) as engine:
+  prompts = [tuple(tokenizer.chat_ids(chat)) for chat in (*CHATS, *MORE_CHATS)]
+  assert len(prompts) == 8
+  with Engine(config, params, rows=8, context=256, prefill_rows=4, steps_per_dispatch=16) as engine:
     outputs = engine.generate(
-      Request(ids, temperature=0.0, max_new_tokens=24, stop_ids=tokenizer.stop_ids)
+      Request(ids, temperature=0.0, max_new_tokens=64, stop_ids=tokenizer.stop_ids)
       for ids in prompts
     )
   for ids, (output,) in zip(prompts, outputs, strict=True):
     with torch.no_grad():
-      out = reference.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+      out = reference.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)
     want = out[0, len(ids) :].tolist()
     assert list(output.token_ids) == want
     text = tokenizer.decode(output.token_ids)

@@ -1,11 +1,12 @@
 """AIME 2024: searches and learns workflows for 30 competition problems (24 validation, 6 test).
 
-  python launch.py --config=configs/aime.py                        (Qwen2-7B-Instruct, bfloat16)
+  python launch.py --config=configs/aime.py                        (Qwen2-7B-Instruct, int8 base)
   python launch.py --config=configs/aime.py:model=qwen2.5-0.5b     (fits an 8 GB chip)
   python launch.py --config=configs/aime.py:smoke  (CPU, under a minute, no download)
 
-Qwen2-7B takes 15 GB for its base in bfloat16 and wants a chip with 40 GB or more; the smaller
-models scale accordingly. Without access to the hub, give the files:
+The base of the 7B and 8B models is held in int8 (7.6 GB for Qwen2-7B, 15 GB in bfloat16, by
+--config.model.quant=none). `--mode=plan --config.plan.target=v5e-1` says what fits a chip.
+Without access to the hub, give the files:
   --config.model.path=DIR_OF_THE_MODEL --config.task.path=AIME.jsonl    (fields id, problem, answer)
 """
 
@@ -19,6 +20,7 @@ def get_config(arg=None):
   c = base_config()
   c.name = "aime"
   c.model.path = MODELS[args.model]
+  c.model.quant = "int8" if args.model.endswith(("-7b", "-8b")) else "none"
   c.task.name = "aime"
 
   c.sampler.context = 8192  # the full prompt with its failure log, and the proposal

@@ -40,6 +40,7 @@ def use_nano_model(c: ConfigDict) -> ConfigDict:
 def shrink(c: ConfigDict) -> ConfigDict:
   """The same experiment in under a minute on two CPU cores: every stage once, on a few problems."""
   use_nano_model(c)
+  c.model.quant = "none"
   c.sampler.rows = 16
   c.task.limit = 0
   c.search.rounds = 1

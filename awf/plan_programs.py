@@ -220,10 +220,15 @@ def compile_program(lowered: jax.stages.Lowered, target: Target, arguments: floa
   start = time.perf_counter()
   try:
     done = lowered.compile()
-    m = done.memory_analysis()
+    m, text = done.memory_analysis(), done.as_text()
+    if m is None or text is None:
+      raise UserError(
+        f"config.plan.target = {target.name!r}: this backend's compiler tells neither memory nor "
+        "program; choose another target"
+      )
     found = Compiled(
       m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes,
-      m.temp_size_in_bytes, m.generated_code_size_in_bytes, done.as_text(),
+      m.temp_size_in_bytes, m.generated_code_size_in_bytes, text,
     )  # fmt: skip
   except jax.errors.JaxRuntimeError as error:
     text = str(error)

@@ -313,7 +313,6 @@ def test_adapter_round_trip(saved, tmp_path):
   ("changes", "word"),
   [
     ({"use_dora": True}, "use_dora"),
-    ({"use_rslora": True}, "use_rslora"),
     ({"bias": "all"}, "bias 'all'"),
     ({"peft_type": "IA3"}, "peft_type 'IA3'"),
     ({"target_modules": ["c_attn"]}, "c_attn"),

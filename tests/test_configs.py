@@ -186,7 +186,7 @@ def test_defaults_pass_and_every_rule_names_a_field(config):
   ("field", "value", "expected"),
   [
     ("seed", -1, "[0, "),
-    ("model.quant", "int3", "one of none"),
+    ("model.quant", "int3", "one of none, int8, int4"),
     ("model.dtype", "fp8", "one of auto, float32, bfloat16"),
     ("lora.rank", 0, "at least 1"),
     ("lora.targets", ("q_proj", "qproj"), "some of q_proj"),

@@ -13,7 +13,7 @@ from tiny_checkpoint import random_params
 from awf.grpo.config import GRPOConfig
 from awf.grpo.loss import grpo_token_loss, head_loss
 from awf.qwen.config import QwenConfig
-from awf.qwen.lora import TARGETS, LoRAConfig, init_lora, scaled
+from awf.qwen.lora import LoRAConfig, init_lora, scaled, target_shapes
 from awf.qwen.model import Qwen, head, head_kernel
 from awf.qwen.quant import QuantConfig, quantise
 from awf.sampler.cache import init_cache
@@ -89,19 +89,11 @@ def figures(config, params, lora, batch):
     kernel = jax.lax.stop_gradient(head_kernel(params))
     scalars = {"has_old": jnp.bool_(True), "total": jnp.float32(100)}
     fn = functools.partial(grpo_token_loss, config=GRPO, temperature=1.0)
-    loss, _ = head_loss(kernel, hidden, batch_, scalars, jnp.int32(tokens.shape[1]), TOKEN_LOSS(fn))
+    loss, _ = head_loss(kernel, hidden, batch_, scalars, jnp.int32(tokens.shape[1]), fn)
     return loss, head(params, hidden)
 
   (loss, logits), grad = jax.value_and_grad(loss_of, has_aux=True)(lora)
   return logits, loss, grad
-
-
-class TOKEN_LOSS:  # hashable by what it does: a static argument
-  def __init__(self, fn):
-    self.fn = fn
-
-  def __call__(self, *args):
-    return self.fn(*args)
 
 
 def compiled(name, sizes):
@@ -158,14 +150,11 @@ def moved_shapes(text):
 
 
 def whole_matrices(config):
-  from awf.qwen.lora import target_shapes
-
   shapes = {*target_shapes(config).values(), (config.hidden_size, config.vocab_size)}
   return {order for a, b in shapes for order in ((a, b), (b, a))}
 
 
-@pytest.mark.parametrize("name", ["float", "int8", "tied"])
-@pytest.mark.parametrize("size", [2, 8])
+@pytest.mark.parametrize(("name", "size"), [("float", 8), ("int8", 2), ("tied", 2)])
 def test_tensor_mode_moves_no_base_matrix(name, size):
   step, _ = compiled(name, (1, 1, size))
   text = step.as_text()
@@ -176,10 +165,10 @@ def test_tensor_mode_moves_no_base_matrix(name, size):
 def test_the_check_sees_the_gathers_of_fsdp():
   step, _ = compiled("float", (1, 8, 1))
   seen = moved_shapes(step.as_text()) & whole_matrices(CONFIGS["float"][0])
-  assert len(seen) >= 3 and len(TARGETS) == 7
+  assert len(seen) >= 3
 
 
-@pytest.mark.parametrize("name", ["float", "int8"])
+@pytest.mark.parametrize("name", ["int8"])
 def test_the_sampler_in_tensor_mode_moves_no_base_matrix(name):
   config = CONFIGS[name][0]
   params, _, _ = world(name)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from awf.grpo.config import GRPOConfig
-from awf.qwen.quant import Kernel, at_compute_dtype, matmul, matmul_transposed
+from awf.qwen.quant import Kernel, Transposed, at_compute_dtype, matmul, matmul_transposed
 
 HEAD_CHUNK = 512  # tokens; at a vocabulary of about 1,000 a chunk's logits stay in a CPU's cache
 
@@ -92,6 +92,7 @@ def _nll_bwd(is_head_trained, chunk, saved, g):
   d_kernel, d_hidden, kernel, target = saved
   if is_head_trained:
     d_kernel = (d_kernel * g).astype(kernel.dtype)
+    d_kernel = Transposed(d_kernel.T) if isinstance(kernel, Transposed) else d_kernel
   else:
     d_kernel = jax.tree.map(_no_grad, kernel)
   no_grad = jnp.zeros(target.shape, jax.dtypes.float0)

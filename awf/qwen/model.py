@@ -24,6 +24,7 @@ from awf.qwen.config import QwenConfig, Yarn
 from awf.qwen.quant import (
   Kernel,
   QuantKernel,
+  Transposed,
   at_compute_dtype,
   embedding_rows,
   linear_kernel,
@@ -244,13 +245,13 @@ class _HeadWeights(nn.Module):
 
 
 def head_kernel(params) -> Kernel:
-  """[D, V] head weights: the untied kernel, or the embedding transposed; of either layout."""
+  """[D, V] head weights: the untied kernel, or the embedding transposed; of any layout."""
   if "lm_head" in params:
     return linear_kernel(params["lm_head"])
   embed = params["embed"]
   if "embedding_q" in embed:
     return QuantKernel(embed["embedding_q"], embed["embedding_scale"], is_transposed=True)
-  return embed["embedding"].T
+  return Transposed(embed["embedding"])
 
 
 def head(params, hidden_xD: jax.Array) -> jax.Array:

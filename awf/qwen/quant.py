@@ -81,12 +81,35 @@ class QuantKernel:
     return (b, a) if self.is_transposed else (a, b)
 
 
-Kernel = jax.Array | QuantKernel
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+  """A float matrix [in, out] that lies as its transpose and is turned where it is used.
+
+  A product folds the transpose away. Turned before a loop whose body has the product, a tied
+  embedding would exist twice for the length of the loop.
+  """
+
+  table: jax.Array  # [out, in]
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(in, out)."""
+    return self.table.shape[1], self.table.shape[0]
+
+  @property
+  def dtype(self) -> Any:
+    return self.table.dtype
+
+
+Kernel = jax.Array | QuantKernel | Transposed
 
 
 def at_compute_dtype(kernel: Kernel, dtype: Any) -> Kernel:
   """A float kernel cast to `dtype`; a quantised one as it is."""
-  return kernel if isinstance(kernel, QuantKernel) else kernel.astype(dtype)
+  if isinstance(kernel, QuantKernel):
+    return kernel
+  return jax.tree.map(lambda x: x.astype(dtype), kernel)
 
 
 def matmul(x: jax.Array, kernel: Kernel) -> jax.Array:
@@ -94,12 +117,16 @@ def matmul(x: jax.Array, kernel: Kernel) -> jax.Array:
 
   Differentiable with respect to `x`; a quantised kernel gets no gradient.
   """
-  return _quant_matmul(x, kernel) if isinstance(kernel, QuantKernel) else x @ kernel
+  if isinstance(kernel, QuantKernel):
+    return _quant_matmul(x, kernel)
+  return x @ (kernel.table.T if isinstance(kernel, Transposed) else kernel)
 
 
 def matmul_transposed(y: jax.Array, kernel: Kernel) -> jax.Array:
   """y [..., out] times the transpose of a kernel [in, out], in the dtype of `y`."""
-  return _product_transposed(y, kernel) if isinstance(kernel, QuantKernel) else y @ kernel.T
+  if isinstance(kernel, QuantKernel):
+    return _product_transposed(y, kernel)
+  return y @ (kernel.table if isinstance(kernel, Transposed) else kernel.T)
 
 
 @jax.custom_vjp

@@ -129,10 +129,10 @@ class Checkpointer:
         if json.loads((folder / _MANIFEST).read_text()) != _digests(folder):
           raise BrokenCheckpointError("its files are not those that were written")
         items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        layout = self._manager.restore(step, args=items).meta["layout"]
+        layout = self._manager.restore(step, args=items)["meta"]["layout"]
         empty = {name: np.empty(shape, kind) for name, (shape, kind) in layout.items()}
         items = ocp.args.Composite(state=ocp.args.StandardRestore(empty))
-        found = self._manager.restore(step, args=items).state
+        found = self._manager.restore(step, args=items)["state"]
       except _BROKEN as error:
         logging.warning("checkpoint %d in %s is damaged: %s", step, self.directory, error)
         continue

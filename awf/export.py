@@ -10,21 +10,23 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from awf.qwen import hf
 from awf.qwen.config import QwenConfig
 from awf.qwen.hf_config import copied_configs
-from awf.qwen.layout import Where, get
+from awf.qwen.layout import Tensor, Where, get
 from awf.qwen.lora import Lora, LoRAConfig, count
 from awf.qwen.peft import load_adapter, save_adapter
 from awf.qwen.quant import dequantised
-from awf.qwen.shards import FLOATS
+from awf.qwen.shards import FLOATS, Shards
 from awf.qwen.tokenizer import load_tokenizer
 from awf.types import UserError
 
@@ -141,7 +143,7 @@ def _of_run(record: dict[str, Any], workdir: Any) -> Adapter:
   lora: Lora = {}
   for name, array in found[1].items():
     _, layer, target, leaf = name.split(".")
-    lora.setdefault(layer, {}).setdefault(target, {})[leaf] = array
+    lora.setdefault(layer, {}).setdefault(target, {})[leaf] = jnp.asarray(array)
   fields = {"rslora": False, **record["config"]["lora"]}
   lora_config = LoRAConfig.from_config(ConfigDict(fields))
   return Adapter(lora, lora_config, f"{workdir}, checkpoint {found[0]}", found[0])
@@ -189,8 +191,7 @@ def write_merged(
     layout = hf.checkpoint_layout(model_config)
     stored = FLOATS[next(iter(shards.tensors.values())).code].name
 
-    def read(where: Where) -> np.ndarray:
-      return hf.read_float(shards, layout[where], np.float32)
+    read = partial(_read_stored, shards, layout)
   except UserError:
     if params is None:
       raise
@@ -209,6 +210,10 @@ def write_merged(
     shard_bytes,
   )
   return {"dtype": dtype, "weight_files": count_files, "lost": lost}
+
+
+def _read_stored(shards: Shards, layout: Mapping[Where, Tensor], where: Where) -> np.ndarray:
+  return hf.read_float(shards, layout[where], np.float32)
 
 
 def _with_adapter(read: Callable[[Where], np.ndarray], adapter: Adapter) -> Callable[[Where], Any]:

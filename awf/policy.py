@@ -122,7 +122,8 @@ class QwenPolicy:
     if own is None and not self._others:
       self.engine.set_adapters(None)
       return
-    adapters = widen([own or {}, *self._others.values()]) if self._others else [own]
+    adapters = [own or {}, *self._others.values()]
+    adapters = widen(adapters) if self._others else adapters
     stacked = stack_adapters(adapters)
     if self.engine.mesh is not None:
       stacked = jax.device_put(stacked, tree_shardings(stacked, self.engine.mesh))

@@ -41,6 +41,11 @@ class Yarn:
     elif self.attention_factor <= 0:
       raise ValueError(f"yarn: expected a positive attention_factor, got {self.attention_factor}")
 
+  @property
+  def scale(self) -> float:
+    """Of cosines and sines."""
+    return yarn_scale(self.factor) if self.attention_factor is None else self.attention_factor
+
   def frequencies(self, head_dim: int, theta: float) -> np.ndarray:
     """Radians per position of each pair of dimensions, float32 [head_dim / 2]."""
 

@@ -118,7 +118,7 @@ def rope(
   angle = positions_BT.astype(jnp.float32)[..., None, None] * freq[None, None, None]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   if yarn is not None:
-    cos, sin = cos * yarn.attention_factor, sin * yarn.attention_factor
+    cos, sin = cos * yarn.scale, sin * yarn.scale
   x1, x2 = jnp.split(x_BTxH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTxH.dtype)
 

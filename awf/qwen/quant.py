@@ -280,7 +280,7 @@ def quantise_rows(rows: np.ndarray, method: str, group: int = 0) -> tuple[np.nda
 
 
 def quantise_stored(
-  read: Callable[[int, int], np.ndarray], shape: tuple[int, int], kind: np.dtype, group: int
+  read: Callable[[int, int], np.ndarray], shape: Sequence[int], kind: np.dtype, group: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Quantises a matrix that is read a few rows at a time, so that its floats never exist at once.
 

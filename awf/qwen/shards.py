@@ -143,6 +143,11 @@ def _partial(folder: Path, name: str) -> str:
   return ""
 
 
+def _pair(offsets: Any) -> tuple[int, int]:
+  start, stop = offsets
+  return int(start), int(stop)
+
+
 def _header(file: Path, field: str) -> tuple[dict[str, Stored], dict[str, Any]]:
   """The tensors of one file, in the order of their bytes, and its metadata; its size is checked."""
 
@@ -161,14 +166,14 @@ def _header(file: Path, field: str) -> tuple[dict[str, Stored], dict[str, Any]]:
   try:
     header = json.loads(text)
     metadata = header.pop("__metadata__", None) or {}
-    tensors = {
-      name: (entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
+    tensors: dict[str, tuple[str, tuple[int, ...], int, int]] = {
+      name: (entry["dtype"], tuple(map(int, entry["shape"])), *_pair(entry["data_offsets"]))
       for name, entry in header.items()
     }
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise broken(f"its header is no safetensors header ({error})") from error
   data = 8 + length
-  end = data + max((stop for *_, stop in tensors.values()), default=0)
+  end = data + max((entry[3] for entry in tensors.values()), default=0)
   if end > size:
     raise broken(f"it has {size} bytes, its header says {end}: cut short")
   for name, (code, shape, start, stop) in tensors.items():

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from awf.grpo.config import GRPOConfig
+from awf.qwen.model import Transposed
 
 HEAD_CHUNK = 512  # tokens; at a vocabulary of about 1,000 a chunk's logits stay in a CPU's cache
 
@@ -28,7 +29,7 @@ def _chunks(x: jax.Array, chunk: int) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def weighted_nll(
-  kernel_DV: jax.Array,
+  kernel_DV: jax.Array | Transposed,
   hidden_nD: jax.Array,
   target_n: jax.Array,
   weight_n: jax.Array,
@@ -89,10 +90,11 @@ def _nll_fwd(kernel, hidden, target, weight, is_head_trained, chunk):
 def _nll_bwd(is_head_trained, chunk, saved, g):
   del chunk
   d_kernel, d_hidden, kernel, target = saved
-  if is_head_trained:
-    d_kernel = (d_kernel * g).astype(kernel.dtype)
+  if not is_head_trained:
+    d_kernel = jax.tree.map(jnp.zeros_like, kernel)
   else:
-    d_kernel = jnp.zeros_like(kernel)
+    d_kernel = (d_kernel * g).astype(kernel.dtype)
+    d_kernel = Transposed(d_kernel.T) if isinstance(kernel, Transposed) else d_kernel
   no_grad = jnp.zeros(target.shape, jax.dtypes.float0)
   return d_kernel, d_hidden * g.astype(d_hidden.dtype), no_grad, jnp.zeros(target.shape)
 
@@ -106,7 +108,7 @@ TokenLoss = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def head_loss(
-  kernel_DV: jax.Array,
+  kernel_DV: jax.Array | Transposed,
   hidden_BUD: jax.Array,
   data: Any,
   scalars: Any,
@@ -178,7 +180,7 @@ def _head_loss_bwd(fn, chunk, saved, g):
   del fn, chunk
   d_hidden, kernel, data, scalars, num_targets = saved
   none = jax.tree.map(_no_grad, (data, scalars, num_targets))
-  return (jnp.zeros_like(kernel), d_hidden * g[0].astype(d_hidden.dtype), *none)
+  return (jax.tree.map(jnp.zeros_like, kernel), d_hidden * g[0].astype(d_hidden.dtype), *none)
 
 
 def _no_grad(x):

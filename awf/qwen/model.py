@@ -12,6 +12,7 @@ within 1e-4.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -206,11 +207,41 @@ class _HeadWeights(nn.Module):
     self.param("kernel", nn.initializers.normal(0.02), (width, self.vocab_size))
 
 
-def head_kernel(params) -> jax.Array:
-  """[D, V] head weights: the untied kernel, or the embedding transposed."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+  """A matrix [D, V] held as its transpose [V, D] and turned where it is used.
+
+  A product folds the transpose away. Turned before a loop whose body has the product, it would be a
+  second copy of the embedding, kept for the length of the loop.
+  """
+
+  table_VD: jax.Array
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    return self.table_VD.shape[1], self.table_VD.shape[0]
+
+  @property
+  def dtype(self) -> Any:
+    return self.table_VD.dtype
+
+  @property
+  def T(self) -> jax.Array:
+    return self.table_VD
+
+  def astype(self, dtype: Any) -> Transposed:
+    return Transposed(self.table_VD.astype(dtype))
+
+  def __rmatmul__(self, x: jax.Array) -> jax.Array:
+    return x @ self.table_VD.T
+
+
+def head_kernel(params) -> jax.Array | Transposed:
+  """[D, V] head weights: the untied kernel, or the embedding."""
   if "lm_head" in params:
     return params["lm_head"]["kernel"]
-  return params["embed"]["embedding"].T
+  return Transposed(params["embed"]["embedding"])
 
 
 def head(params, hidden_xD: jax.Array) -> jax.Array:

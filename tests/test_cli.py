@@ -256,6 +256,19 @@ except KeyboardInterrupt as e:
   assert done.stdout.split("\n")[:2] == ["went on", caught], done.stderr
 
 
+def test_without_network_the_full_config_names_what_to_give_and_the_quickstart(tmp_path):
+  dead = dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+  env = {**os.environ, **dead, "HOME": str(tmp_path), "AWF_CACHE": str(tmp_path / "cache")}
+  env |= {"HF_HOME": str(tmp_path / "hub"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+  argv = [sys.executable, str(ROOT / "launch.py"), "--config=configs/aime.py"]
+  for extra in ([], ["--config.task.path=data/smoke/aime.jsonl"]):  # the data set, then the model
+    command = [*argv, *extra, f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert "--config.model.path" in line and "configs/quickstart.py" in line
+
+
 def test_a_second_process_is_kept_out(tmp_path):
   config = base_config()
   with Workdir(tmp_path / "run") as first:

@@ -22,6 +22,13 @@ class Source:
   sha256: str
 
 
+# The model of a run without network has to be here too.
+OFFLINE = (
+  " (and --config.model.path to a local model), or run --config=configs/quickstart.py, which needs "
+  "no download"
+)
+
+
 def cache_dir() -> pathlib.Path:
   """$AWF_CACHE, or awf/ in the user's cache directory."""
   own = os.environ.get("AWF_CACHE")
@@ -80,8 +87,8 @@ def _get(url: str) -> bytes:
         chunks.append(chunk)
   except (httpx.HTTPError, OSError) as error:
     raise UserError(
-      f"cannot download {url} ({type(error).__name__}): go online once, or put the file on this "
-      "machine and set config.task.path"
+      f"cannot download {url} ({type(error).__name__}): go online once, or set config.task.path to "
+      f"the file on this machine{OFFLINE}"
     ) from error
   return b"".join(chunks)
 
@@ -101,6 +108,6 @@ def _hub_file(path: str, field: str) -> pathlib.Path:
   except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
     raise UserError(
       f"cannot get {path} from the hub ({type(error).__name__}): check name and network, or "
-      f"set {field} to a local JSON or JSON-lines file"
+      f"set {field} to a local JSON or JSON-lines file{OFFLINE}"
     ) from error
   return pathlib.Path(found)

@@ -43,9 +43,10 @@ class Executor:
   async def complete(self, messages, sampling, key, adapter=0):
     text = messages[-1]["content"]
     self.asked.append(text)
+    count = len(self.asked)
     for _ in range(self.jitter.randrange(40) if self.jitter else 3):
       await asyncio.sleep(0)
-    self.on_call(len(self.asked))
+    self.on_call(count)  # once for every count, however many calls overlap
     if self.broken and self.broken in text:
       raise ConnectionError("the model is gone")
     a, b = map(int, re.search(r"(\d+) \+ (\d+)", text).groups())

@@ -64,6 +64,7 @@ def base_config() -> ConfigDict:
       context=2048,  # prompt + completion, tokens
       prefill_rows=8,
       steps_per_dispatch=16,
+      prompt_cache_gb=0.0,  # keys and values of prompts; 0 = what all rows need, at most 1.5
       strict=True,  # one row shape, bit-equal rows whatever their neighbours
     )
   )

@@ -52,6 +52,11 @@ class MetricsLogger:
     """All result rows, oldest first."""
     return [dict(row) for row in self._rows]
 
+  @property
+  def position(self) -> int:
+    """Number of result rows written; belongs into a checkpoint, for `truncate`."""
+    return len(self._rows)
+
   def log(
     self,
     step: int,
@@ -101,16 +106,17 @@ class MetricsLogger:
     self.log(step, means, epoch=epoch, level="epoch")
     return means
 
-  def truncate(self, step: int) -> int:
-    """Drops rows past a checkpoint's step, so that a resumed run writes them again.
+  def truncate(self, step: int, rows: int | None = None) -> int:
+    """Drops rows past a checkpoint, so that a resumed run writes them again.
 
     Args:
       step: last step that the checkpoint covers; -1 drops everything.
+      rows: number of result rows that it covers; a step may have a batch's row and an epoch's.
 
     Returns:
       Number of result rows dropped.
     """
-    kept = [row for row in self._rows if row["step"] <= step]
+    kept = [row for row in self._rows if row["step"] <= step][:rows]
     dropped = len(self._rows) - len(kept)
     self._rows = kept
     write_atomic(self._results, _lines(kept))

@@ -13,7 +13,6 @@ N.dropped/   on its way out
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from awf.faults import disk_fault
 from awf.types import UserError
 
 _MANIFEST = "manifest.json"
@@ -37,9 +37,6 @@ T = TypeVar("T")
 
 # What orbax and tensorstore raise on missing, truncated or altered files.
 _BROKEN = (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError)
-
-# A full disk, a quota, a limit on file sizes, a disk that went read-only.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 log = logging.getLogger("awf")
 
@@ -274,15 +271,6 @@ class Checkpointer:
         f"differ, first {name}: expected {expected.get(name)}, got {meta['layout'].get(name)}; "
         "change config.lora or --workdir"
       )
-
-
-def disk_fault(error: BaseException) -> str | None:
-  """Why the disk took no more, or None when the error says nothing of the kind."""
-  if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-    return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
-  text = str(error)  # tensorstore keeps the number in its message
-  found = next((e for e in _DISK_ERRORS if f"os_error_code='{e}'" in text), None)
-  return None if found is None else os.strerror(found)
 
 
 def _seal(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -9,7 +10,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from awf.config_io import load_object
@@ -254,7 +255,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 def write_atomic(path: pathlib.Path, text: str) -> None:
   """Replaces a file by one rename, so that a reader or a crash never meets half of it."""
   part = path.with_name(f".{path.name}.part")
-  with open(part, "w", encoding="utf-8", newline="") as file:
+  with _naming(path), open(part, "w", encoding="utf-8", newline="") as file:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
@@ -262,8 +263,18 @@ def write_atomic(path: pathlib.Path, text: str) -> None:
 
 
 def _append(path: pathlib.Path, text: str) -> None:
-  with open(path, "a", encoding="utf-8", newline="") as file:
+  with _naming(path), open(path, "a", encoding="utf-8", newline="") as file:
     file.write(text)
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+  """A write that fails (a full disk) says where."""
+  try:
+    yield
+  except OSError as error:
+    error.filename = str(path)
+    raise
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -204,7 +204,7 @@ def test_a_run_leaves_its_record_and_a_changed_config_is_refused(capsys, text, t
   assert run(*argv, "--config.train.minutes=9") == 0  # how, not what: resumes
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_an_interrupted_run_says_how_to_resume(text, tmp_path, sent, code):
   run_dir = tmp_path / "run"
   argv = sft_argv(text, run_dir, "--config.sft.steps=100000", "--config.sft.log_every=1")
@@ -224,8 +224,8 @@ def test_an_interrupted_run_says_how_to_resume(text, tmp_path, sent, code):
   process.send_signal(sent)
   out, err = process.communicate(timeout=120)
   assert process.returncode == code, err
-  last = err.splitlines()[-1]
-  assert out == "" and "Traceback" not in err
+  last, figures = err.splitlines()[-1], json.loads(out)
+  assert figures["interrupted"] and figures["steps"] > 0 and "Traceback" not in err
   assert last.startswith("interrupted") and "resume with: python launch.py --config=" in last
 
 
@@ -291,19 +291,52 @@ def test_workdir_that_cannot_be_made(tmp_path):
     Workdir(tmp_path / "file").open(base_config(), "train")
 
 
-def test_differing_fields_leaves_out_how_a_run_is_carried_out():
+def test_differing_fields_tells_what_a_resumed_run_may_change():
   old = json.loads(json.dumps(new_record(base_config(), "train")))["config"]
   config = base_config()
-  assert differing_fields(old, config) == []  # tuples equal the lists of JSON
+  assert differing_fields(old, config) == ([], [])  # tuples equal the lists of JSON
   config.backup.path = "/drive"
   config.sandbox.workers = 3
   config.train.minutes = 1.0
-  assert differing_fields(old, config) == []
+  assert differing_fields(old, config) == ([], [])  # how, not what
+  config.optim.learning_rate = 1e-3
+  config.mesh.fsdp = 2
+  allowed = ["config.mesh.fsdp: there 1, here 2", "config.optim.learning_rate: there 1e-05, "]
+  assert differing_fields(old, config) == ([], [allowed[0], allowed[1] + "here 0.001"])
   config.eval.samples = 9
-  assert differing_fields(old, config, ignore_eval=True) == []
-  assert differing_fields(old, config) == ["config.eval.samples: there 4, here 9"]
-  del old["grpo"]["beta"]
-  assert differing_fields(old, config)[-1] == "config.grpo.beta: there unset, here 0.0"
+  assert differing_fields(old, config, ignore_eval=True)[0] == []
+  assert differing_fields(old, config)[0] == ["config.eval.samples: there 4, here 9"]
+
+
+def test_a_run_from_before_a_field_existed_counts_as_its_default(caplog):
+  old = json.loads(json.dumps(new_record(base_config(), "train")))["config"]
+  config = base_config()
+  del old["grpo"]["beta"], old["train"]["nonfinite_limit"]
+  assert differing_fields(old, config) == ([], [])
+  config.grpo.beta = 0.1
+  assert differing_fields(old, config)[0] == ["config.grpo.beta: there 0.0, here 0.1"]
+  old["grpo"]["dropped_since"] = 3
+  assert len(differing_fields(old, config)[0]) == 1
+  assert "no longer known: grpo.dropped_since" in caplog.text
+
+
+def test_a_resumed_run_goes_on_with_a_changed_config_or_names_every_refused_field(tmp_path):
+  config = base_config()
+  with Workdir(tmp_path / "run") as workdir:
+    workdir.open(config, "train")
+  config.optim.learning_rate, config.search.rounds = 1e-3, 20
+  with Workdir(tmp_path / "run") as workdir:
+    assert workdir.open(config, "train") is True
+  record = Workdir(tmp_path / "run").record()
+  assert record["config"]["search"]["rounds"] == 20
+  (change,) = record["changes"]
+  assert change["fields"][1] == "config.search.rounds: there 10, here 20"
+  config.seed, config.lora.rank, config.grpo.beta = 3, 8, 0.5
+  with pytest.raises(UserError) as refused:
+    Workdir(tmp_path / "run").open(config, "train")
+  for field in ("config.seed: there 0, here 3", "config.lora.rank: ", "config.grpo.beta: "):
+    assert field in str(refused.value)
+  assert Workdir(tmp_path / "run").record() == record
 
 
 def test_versions_name_what_results_depend_on():

@@ -83,6 +83,7 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
       reason = explain(e, config, _plan_command(argv))
       if reason is not None:
         log.error("%s: %s", type(e).__name__, " ".join(str(e).split())[:400])
+        workdir.discard()
         raise UserError(reason) from e
       log.exception("%s failed", command.mode)  # run.log keeps the traceback
       raise _Fault from None

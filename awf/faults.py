@@ -52,7 +52,7 @@ def explain(error: BaseException, config: ConfigDict, plan_command: str) -> str 
       quant = "" if config.model.quant != "none" else ", or config.model.quant=int8"
       return (
         f"out of memory ({first}): see what fits with `{plan_command}`; lower "
-        f"{_values(config, _RESUMABLE)}{remat} (the same command then resumes this run), or in a "
+        f"{_values(config, _RESUMABLE)}{remat} (a run resumes with these changed), or in a "
         f"new --workdir {_values(config, _OTHER)}{quant}"
       )
   return None

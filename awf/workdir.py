@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -68,6 +69,21 @@ ONWARD = (
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 _OWN = ("config.json", "run.log", ".lock")  # what a run writes before it does anything
+
+
+class _LogFile(logging.FileHandler):
+  """run.log; a disk that takes no more must not drown what the run says about it."""
+
+  def handleError(self, record: logging.LogRecord) -> None:
+    del record
+    logging.getLogger().removeHandler(self)
+    print(f"run.log ends here: {sys.exc_info()[1]}", file=sys.stderr)
+
+  def close(self) -> None:
+    try:
+      super().close()
+    except OSError as e:  # what was still to be written; said above
+      print(f"run.log: {e}", file=sys.stderr)
 
 
 class Workdir(os.PathLike):
@@ -142,7 +158,7 @@ class Workdir(os.PathLike):
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._take_lock()
-      self._handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+      self._handler = _LogFile(self.path / "run.log", encoding="utf-8")
     except OSError as e:
       raise UserError(
         f"--workdir={self.path}: cannot write there ({e.strerror}); choose another"

@@ -131,10 +131,11 @@ class Run:
   def __init__(self, folder: Path, config: Path):
     self.folder, self.config = folder, config
 
-  def start(self) -> subprocess.Popen[str]:
+  def start(self, *flags: str) -> subprocess.Popen[str]:
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     env.setdefault("AWF_CACHE", str(ROOT / ".cache"))
-    command = [sys.executable, "launch.py", f"--config={self.config}", f"--workdir={self.folder}"]
+    command = [sys.executable, "launch.py", f"--config={self.config}", *flags]
+    command.append(f"--workdir={self.folder}")
     with open(self.folder.with_suffix(".out"), "a", encoding="utf-8") as out:
       return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, text=True)
 

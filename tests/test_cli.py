@@ -339,6 +339,17 @@ def test_a_resumed_run_goes_on_with_a_changed_config_or_names_every_refused_fiel
   assert Workdir(tmp_path / "run").record() == record
 
 
+def test_a_machine_without_the_memory_says_what_to_lower_and_keeps_no_empty_run(capsys, tmp_path):
+  smoke = ["--config=configs/quickstart.py:smoke", f"--workdir={tmp_path / 'run'}"]
+  assert run(*smoke, "--config.sampler.rows=20000000", "--config.mesh.data=1") == 2
+  out, err = capsys.readouterr()
+  (line,) = [x for x in err.splitlines() if x.startswith("error: ")]
+  assert out == "" and "Traceback" not in err
+  for part in ("RESOURCE_EXHAUSTED", "--mode=plan", "config.sampler.rows (20000000)"):
+    assert part in line
+  assert not (tmp_path / "run").exists()
+
+
 def test_versions_name_what_results_depend_on():
   assert {"python", "awf", "jax", "jaxlib", "flax"} <= set(versions())
 

@@ -219,7 +219,7 @@ def fell(floor: Look, now: Look) -> str:
   """Where a kill fell, by what it left behind."""
   if now.drafts:
     return "in a save"
-  if now.folders > len(now.manifests):
+  if now.folders - len(now.manifests) > floor.folders - len(floor.manifests):
     return "between rename and manifest"
   if now.dropped:
     return "amid the deletion of an old checkpoint"

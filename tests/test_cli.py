@@ -16,6 +16,7 @@ from conftest import ROOT
 
 import launch
 from awf import cli
+from awf.grpo.sft import SFTTrainer
 from awf.qwen.config import QwenConfig
 from awf.qwen.hf import save_checkpoint
 from awf.qwen.model import init_params
@@ -227,6 +228,30 @@ def test_an_interrupted_run_says_how_to_resume(text, tmp_path, sent, code):
   last, figures = err.splitlines()[-1], json.loads(out)
   assert figures["interrupted"] and figures["steps"] > 0 and "Traceback" not in err
   assert last.startswith("interrupted") and "resume with: python launch.py --config=" in last
+
+
+def test_an_interrupted_sft_resumes_to_the_same_rows(capsys, text, tmp_path, monkeypatch):
+  """SIGTERM at a step that is no multiple of log_every."""
+  flags = ("--config.sft.steps=9", "--config.sft.log_every=4")
+  assert run(*sft_argv(text, tmp_path / "whole", *flags)) == 0
+  original, calls = SFTTrainer.step, []
+
+  def step(self, batch):
+    calls.append(1)
+    if len(calls) == 6:
+      signal.raise_signal(signal.SIGTERM)
+    return original(self, batch)
+
+  monkeypatch.setattr(SFTTrainer, "step", step)
+  argv = sft_argv(text, tmp_path / "run", *flags)
+  capsys.readouterr()
+  assert run(*argv) == 0
+  figures = json.loads(capsys.readouterr().out)
+  assert figures["interrupted"] and figures["steps"] == 6
+  monkeypatch.undo()
+  assert run(*argv) == 0
+  for name in ("metrics.jsonl", "metrics.csv"):
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize(

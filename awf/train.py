@@ -84,7 +84,7 @@ class Loop:
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
-    stop.then = lambda: loop.call_soon_threadsafe(task.cancel)
+    stop.then = lambda: None if loop.is_closed() else loop.call_soon_threadsafe(task.cancel)
     if stop.number:
       stop.then()
     try:

@@ -34,7 +34,7 @@ CONFIG = """from small_run import small
 def get_config(arg=None):
   return small(rounds={rounds}, **{{"train.keep_checkpoints": 1}})
 """
-ROUNDS = 3
+ROUNDS = 2
 PATIENCE = 1800.0  # seconds that a process may take, on a machine with other work
 GONE = 60.0  # seconds in which a killed run's sandbox has to end
 

@@ -175,10 +175,8 @@ class Run:
       wait = rng.uniform(0.0, 3.0)
     due, deadline = None if event else time.monotonic() + wait, time.monotonic() + PATIENCE
     while process.poll() is None:
-      last, seen = (
-        seen,
-        dataclasses.replace(look(self.folder, process.pid), start_log=floor.start_log),
-      )
+      now = look(self.folder, process.pid if "workflow" in where else 0)
+      last, seen = seen, dataclasses.replace(now, start_log=floor.start_log)
       floor = floor.lowest(seen)
       if due is None and event and event(last, seen):
         due = time.monotonic() + wait
@@ -187,7 +185,7 @@ class Run:
       if time.monotonic() > deadline:
         process.kill()
         raise SystemExit(f"{self.folder}: nothing to see of {where!r} in {PATIENCE:.0f} s")
-      time.sleep(0.001)
+      time.sleep(0.02 if "workflow" in where else 0.001)
     if process.poll() is not None:
       if process.returncode != 0:
         raise SystemExit(f"{self.folder} failed:\n{self.output()[-3000:]}")

@@ -139,6 +139,7 @@ RULES: dict[str, Rule] = {
   "train.checkpoint_every": at_least(1),
   "train.keep_checkpoints": at_least(1),
   "train.minutes": at_least(0),
+  "train.nonfinite_limit": at_least(1),
   "eval.samples": at_least(1),
   "eval.pass_k": Rule(lambda v: bool(v) and all(k >= 1 for k in v), "positive integers"),
   "eval.problems": at_least(0),

@@ -158,6 +158,7 @@ def base_config() -> ConfigDict:
       checkpoint_every=1,  # rounds
       keep_checkpoints=2,
       minutes=0.0,  # wall-time limit; 0 = none
+      nonfinite_limit=3,  # rounds in a row whose loss or gradient is no number; then the run stops
     )
   )
   c.eval = ConfigDict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from awf.grpo.config import (
   learning_rate_at,
   make_optimizer,
 )
+from awf.grpo.guard import keep_if, mean_of_sound
 from awf.grpo.loss import HEAD_CHUNK, grpo_token_loss, head_loss, k3, policy_terms
 from awf.qwen.config import QwenConfig
 from awf.qwen.lora import LoRAConfig, init_lora, scaled
@@ -119,8 +121,9 @@ class GRPOTrainer:
     rows and averaged over the steps.
 
     Returns:
-      Metrics by the names of the metrics files. `skipped` is 1 when no row has a gradient: the
-      state is unchanged then, and only the reward and length metrics are there.
+      Metrics by the names of the metrics files. `skipped` is 1 when no row has a gradient, or no
+      step a finite loss and gradient (`nonfinite_steps` counts those): the state is unchanged then,
+      and the metrics of the steps are left out.
     """
     advantages = group_advantages(
       [r.reward for r in rollouts],
@@ -129,6 +132,8 @@ class GRPOTrainer:
       self.grpo.std_eps,
     )
     metrics = _rollout_metrics(rollouts, advantages)
+    if any(math.isinf(r.reward) for r in rollouts):  # NaN is a row without a reward, this is none
+      return metrics | {"skipped": 1.0, "nonfinite_steps": float(self.grpo.steps_per_batch)}
     is_used_B = advantages.is_valid_B.copy()
     if self.grpo.mask_truncated:
       is_used_B &= ~np.array([r.truncated for r in rollouts], bool)
@@ -137,7 +142,7 @@ class GRPOTrainer:
       is_used_B &= advantages.values_B != 0
     rows = [i for i in np.flatnonzero(is_used_B).tolist() if rollouts[i].token_ids]
     if not rows:
-      return metrics | {"skipped": 1.0}
+      return metrics | {"skipped": 1.0, "nonfinite_steps": 0.0}
     batch = self._batch(rollouts, rows)
     placed = self._place(batch)
     advantage_ZBU = np.where(batch.is_target_ZBU, advantages.values_B[batch.row_ZBU], 0.0)
@@ -156,9 +161,19 @@ class GRPOTrainer:
         data["old_logp"] = logp_ZBU
       steps.append(of_step)
     steps = jax.device_get(steps)
-    metrics |= {k: float(np.mean([s[k] for s in steps])) for k in steps[0]}
+    metrics |= mean_of_sound(steps)
     metrics |= _sampling_metrics(batch, rollouts, np.asarray(data["old_logp"]))
-    return metrics | {"skipped": 0.0}
+    return metrics
+
+  @property
+  def room(self) -> tuple[int, int]:
+    """Tokens per bin and steps of a batch's arrays: they grow, and packing decides the order of
+    sums, so that a resumed run needs what the interrupted one had."""
+    return self._size, self._num_steps
+
+  @room.setter
+  def room(self, sizes: tuple[int, int]) -> None:
+    self._size, self._num_steps = sizes
 
   def logprobs(self, rollouts: Sequence[Rollout], is_base: bool = False) -> list[np.ndarray]:
     """Log-probability of each completion token under the present policy (or the base), float32."""
@@ -277,7 +292,10 @@ class GRPOTrainer:
       sums["policy_loss"] / scalars["total"],
     )
     metrics |= {"grad_norm": norm, "learning_rate": learning_rate_at(self.optim, state.step)}
-    return TrainState(lora, opt_state, state.step + 1, key), logp_ZBU, metrics
+    is_sound = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
+    metrics["nonfinite_steps"] = jnp.where(is_sound, 0.0, 1.0)
+    new = TrainState(lora, opt_state, state.step + 1, key)
+    return keep_if(is_sound, new, state), logp_ZBU, metrics
 
 
 _SUMS = (

@@ -152,9 +152,11 @@ class Loop:
   def _update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """GRPO on the round's rollouts; the policy's new adapter serves the next proposals."""
     if self.trainer is None:
-      from awf.grpo.trainer import rollout_metrics
+      from awf.grpo.config import GRPOConfig
+      from awf.grpo.rows import rollout_metrics
 
-      return rollout_metrics(rollouts, self.config.grpo.advantage, self.config.grpo.std_eps)
+      horizon = self.config.sampler.max_new_tokens
+      return rollout_metrics(rollouts, GRPOConfig.from_config(self.config.grpo, horizon))
     metrics = self.trainer.update(list(rollouts))
     if metrics.get("skipped"):
       self.progress.skipped += 1
@@ -278,11 +280,13 @@ class Loop:
       policy.params,
       policy.lora,
       policy.lora_config,
-      GRPOConfig.from_config(config.grpo),
+      GRPOConfig.from_config(config.grpo, config.sampler.max_new_tokens),
       OptimConfig.from_config(config.optim, steps),
       self.system.mesh,
       jax.random.key(stable_hash(config.seed, "learner") >> 32),
       temperature=config.sampler.temperature,
+      top_p=config.sampler.top_p,
+      top_k=config.sampler.top_k,
     )
 
   def _make_search(self, episode: int):

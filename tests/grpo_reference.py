@@ -1,4 +1,4 @@
-"""A plain reading of the learner's formulas: one row after the other, whole logits, no tricks.
+"""A plain reading of the learner's formulas: whole arrays with masks, no packing, no tricks.
 
 Losses are written in JAX for their gradients alone; nothing is shared with awf.grpo.
 """
@@ -38,7 +38,9 @@ def advantages(rewards, groups, kind, eps=1e-4, lengths=None):
   if kind == "reinforce_plus_plus_baseline":
     tokens = np.concatenate([[out[i]] * lengths[i] for i in valid])
     scale = np.sqrt(tokens.var(ddof=1) + 1e-8)
-    out = np.array([(out[i] - tokens.mean()) / scale if i in valid else 0.0 for i in range(len(out))])
+    out = np.array(
+      [(out[i] - tokens.mean()) / scale if i in valid else 0.0 for i in range(len(out))]
+    )
   return out
 
 
@@ -57,14 +59,14 @@ def whiten(rows):
   return [(row - x.mean()) / np.sqrt(x.var(ddof=1) + 1e-8) for row in rows]
 
 
-# Losses of one row
+# Losses, [B, T] with a 0/1 mask
 
 
-def policy_row(logp, old, adv, c):
-  """Loss of each token of one row."""
+def policy(logp, old, adv, mask, c):
+  """Loss of each token."""
   d = logp - old
   if c.loss == "gspo":
-    d = jnp.mean(d) * jnp.ones_like(d)
+    d = (d * mask).sum(1, keepdims=True) / jnp.maximum(mask.sum(1, keepdims=True), 1) + 0 * d
   r = jnp.exp(d)
   if c.loss == "reinforce":
     return -adv * logp
@@ -83,9 +85,9 @@ def policy_row(logp, old, adv, c):
   return -gain
 
 
-def kl_row(logp, ref, kind):
+def kl(logp, ref, kind):
   d = logp - ref
-  return {"k1": d, "k2": d**2 / 2, "k3": jnp.exp(-d) + d - 1}[kind]
+  return {"k1": lambda: d, "k2": lambda: d**2 / 2, "k3": lambda: jnp.exp(-d) + d - 1}[kind]()
 
 
 def importance_row(old, sampled, c):
@@ -101,14 +103,14 @@ def importance_row(old, sampled, c):
   return np.array([x if c.importance_min <= x <= c.importance_max else 0.0 for x in w])
 
 
-def aggregate(rows, num_rows, c):
-  """Rows of token losses to one number; rows that do not count are left out of `rows`."""
+def aggregate(x, mask, num_rows, c):
+  """Token losses to one number; mask is 0 on rows that are not in the loss."""
   if c.aggregation == "token_mean":
-    return sum(jnp.sum(x) for x in rows) / max(sum(len(x) for x in rows), 1)
+    return jnp.sum(x * mask) / mask.sum()
+  sums = jnp.sum(x * mask, axis=1)
   if c.aggregation == "sequence_mean":
-    return sum(jnp.mean(x) for x in rows) / num_rows
-  total = sum(jnp.sum(x) for x in rows) / num_rows
-  return total / c.horizon if c.aggregation == "constant" else total
+    return jnp.sum(sums / np.maximum(mask.sum(1), 1)) / num_rows
+  return jnp.sum(sums) / num_rows / (c.horizon if c.aggregation == "constant" else 1)
 
 
 def kept_by_rule(logits, top_p, top_k):

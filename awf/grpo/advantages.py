@@ -25,7 +25,7 @@ _WHITEN_EPS = 1e-8
 class Advantages:
   """Advantages of a batch and what its groups look like."""
 
-  values_B: np.ndarray  # float32; 0 for rows without a valid reward
+  values_B: np.ndarray  # float64; 0 for rows without a valid reward
   is_valid_B: np.ndarray  # bool: the reward is a number
   is_uniform_B: np.ndarray  # bool: the valid rewards of the row's group are all alike
   mean_std: float  # mean over groups of the standard deviation (n - 1); 0 for groups of one
@@ -89,7 +89,7 @@ def group_advantages(
     values_B = np.where(is_valid_B, _whiten(values_B, length_B * is_valid_B), 0.0)
   mean_std = float(np.mean(stds)) if stds else 0.0
   zero_share = float(np.mean([s == 0 for s in stds])) if stds else 1.0
-  return Advantages(values_B.astype(np.float32), is_valid_B, is_uniform_B, mean_std, zero_share)
+  return Advantages(values_B, is_valid_B, is_uniform_B, mean_std, zero_share)
 
 
 def _of_group(reward_G: np.ndarray, length_G: np.ndarray, kind: str, scale: float) -> np.ndarray:

@@ -32,7 +32,7 @@ def values(head: dict[str, jax.Array], hidden_xD: jax.Array) -> jax.Array:
   """Value of each state, float32: linear in the hidden state scaled to a mean square of 1."""
   hidden = hidden_xD.astype(jnp.float32)
   scale = jax.lax.rsqrt(jnp.mean(jnp.square(hidden), axis=-1, keepdims=True) + _EPS)
-  return jnp.sum(hidden * scale * head["kernel"], axis=-1) + head["bias"]
+  return jnp.dot(hidden * scale, head["kernel"]) + head["bias"]
 
 
 def value_terms(

@@ -92,6 +92,8 @@ def verl_case(seed):
   name = ("vanilla", "gspo", "cispo", "reinforce", "vanilla", "sapo")[seed % 6]
   # verl divides by L + 1e-8 in seq-mean-token-mean: no 1e-12 there, TRL's cases have it.
   kinds = ("sequence_mean",) if name == "sapo" else ("token_mean", "sequence_sum", "constant")
+  # With weights that differ by token, verl's GSPO is its token variant, not the ratio's gradient.
+  modes = ("none",) if name == "gspo" else ("none", "token_truncate")
   cispo = {"clip_low": 1.0, "cispo_max": 1.25} if name == "cispo" else {}
   config = GRPOConfig(
     loss={"vanilla": "ppo"}.get(name, name),
@@ -100,7 +102,7 @@ def verl_case(seed):
     dual_clip=float(rng.choice([1.125, 3.0])) if name == "vanilla" else 0.0,
     beta=float(rng.choice([0.0, 0.125])),
     kl=str(rng.choice(["k1", "k2", "k3"])),
-    importance=str(rng.choice(["none", "token_truncate"])),
+    importance=str(rng.choice(modes)),
     importance_max=1.25,
     **({"clip_low": 0.125, "clip_high": 0.25} | cispo),
   )

@@ -45,6 +45,12 @@ def functions(tree, *wanted):
   return nodes
 
 
+def assigned(block):
+  """Names that the statements of a block assign, not counting blocks inside it."""
+  statements = [s for s in block.body if isinstance(s, ast.Assign)]
+  return {ast.unparse(s.targets[0]) for s in statements}
+
+
 # TRL
 
 
@@ -59,9 +65,7 @@ class Trl:
     methods = {n.name: n for n in trainer.body if isinstance(n, ast.FunctionDef)}
     self.compute_loss = compiled([methods["_compute_loss"]], self.names)["_compute_loss"]
     blocks = [n for n in ast.walk(trainer) if isinstance(n, ast.If)]
-    self.ratio_block = next(
-      b for b in blocks if "per_token_logps_diff = " in ast.unparse(b.body[1])
-    )
+    self.ratio_block = next(b for b in blocks if "per_token_logps_diff" in assigned(b))
     self.advantage_block = next(
       b
       for b in blocks

@@ -298,6 +298,7 @@ class Loop:
       config.search,
       config.reward,
       group_size=config.grpo.group_size,
+      refill=config.grpo.refill,
       dataset=task.dataset,
       question_type=task.question_type,
     )

@@ -281,7 +281,7 @@ def test_gae_trains_policy_and_critic_as_the_plain_algorithm():
   reference, losses = Plain(grpo, batch, Sampling()), []
   on = reference.mask * np.isfinite([r.reward for r in batch])[:, None] > 0
   hidden = np.asarray(base_hidden(reference.tokens)[:, :-1])
-  hidden /= np.sqrt(np.mean(hidden**2, axis=-1, keepdims=True) + 1e-6)
+  hidden = hidden / np.sqrt(np.mean(hidden**2, axis=-1, keepdims=True) + 1e-6)
   head = {"kernel": jnp.zeros(32), "bias": jnp.zeros(())}
   adam = optax.adam(OPTIM.critic_learning_rate, OPTIM.b1, OPTIM.b2, OPTIM.eps)
   adam_state = adam.init(head)

@@ -162,7 +162,7 @@ def bench_update(config: ConfigDict) -> dict[str, Any]:
     )
   lora_config = LoRAConfig.from_config(config.lora)
   key_lora, key = jax.random.split(jax.random.key(config.seed))
-  grpo = dataclasses.replace(GRPOConfig.from_config(config.grpo), group_size=group)
+  grpo = dataclasses.replace(GRPOConfig.from_config(config.grpo, bench.new), group_size=group)
   trainer = GRPOTrainer(
     model_config,
     params,

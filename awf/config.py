@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from awf import grpo_config
 from awf.chips import TARGETS
 from awf.config_io import PATH_FIELDS, find_path, flatten, get_field, is_object_name
 from awf.types import UserError
@@ -115,12 +116,16 @@ RULES: dict[str, Rule] = {
   "search.start_share": _SHARE,
   "search.driver": one_of("awf"),
   "grpo.group_size": at_least(2),
-  "grpo.advantage": one_of("grpo", "dr_grpo"),
+  "grpo.advantage": one_of(*grpo_config.ADVANTAGES),
+  "grpo.loss": one_of(*grpo_config.LOSSES),
+  "grpo.kl": one_of(*grpo_config.KL_ESTIMATES),
+  "grpo.kl_in": one_of(*grpo_config.KL_PLACES),
+  "grpo.importance": one_of(*grpo_config.IMPORTANCE),
   "grpo.std_eps": above(0),
   "grpo.clip_low": between(0, 1),
   "grpo.clip_high": at_least(0),
   "grpo.beta": at_least(0),
-  "grpo.aggregation": one_of("token_mean"),
+  "grpo.aggregation": one_of(*grpo_config.AGGREGATIONS),
   "grpo.steps_per_batch": at_least(1),
   "grpo.micro_batch": at_least(1),
   "grpo.vocab_chunk": at_least(1),
@@ -133,6 +138,7 @@ RULES: dict[str, Rule] = {
   "optim.b2": Rule(lambda v: 0 <= v < 1, "a number in [0, 1)"),
   "optim.eps": above(0),
   "optim.grad_clip": at_least(0),
+  "optim.critic_learning_rate": at_least(0),
   "train.epochs": at_least(1),
   "train.episodes": at_least(1),
   "train.problems": at_least(0),
@@ -219,6 +225,7 @@ def longest_completion(config: ConfigDict) -> int:
 def _check_combinations(config: ConfigDict) -> None:
   """Values that are fine alone and wrong together."""
   c = config
+  grpo_config.GRPOConfig.from_config(c.grpo, c.sampler.max_new_tokens)
   for field in ("sampler.max_new_tokens", "executor.max_new_tokens"):
     if get_field(c, field) >= c.sampler.context:
       raise UserError(

@@ -148,7 +148,8 @@ def make_setup(config: ConfigDict, target: Target, layers: int = 0) -> Setup:
   mesh = make_mesh(**config.mesh, devices=target.devices or jax.devices("cpu")[:1])
   params = abstract_params(model, stored, QuantConfig.from_config(config.model), mesh)
   lora_config = LoRAConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
-  sampler, grpo = config.sampler, GRPOConfig.from_config(config.grpo)
+  sampler = config.sampler
+  grpo = GRPOConfig.from_config(config.grpo, sampler.max_new_tokens)
   whole = model_config(config, compute)  # its depth decides how many prompts the pool holds
   shapes = make_shapes(
     whole, sampler.rows, sampler.context, sampler.prefill_rows, sampler.steps_per_dispatch,
@@ -163,7 +164,7 @@ def make_setup(config: ConfigDict, target: Target, layers: int = 0) -> Setup:
   work = abstract(work, jax.tree.map(lambda _: replicated(mesh), work))
   trainer = GRPOTrainer(
     model, params, None, lora_config, grpo, OptimConfig.from_config(config.optim, 1000), mesh, key,
-    temperature=sampler.temperature,
+    temperature=sampler.temperature, top_p=sampler.top_p, top_k=sampler.top_k,
   )  # fmt: skip
   prompt, new = sizes(config)
   rollouts = _rollouts(config.search.parents, grpo.group_size, prompt, new)

@@ -103,11 +103,13 @@ class System:
       policy.params,
       policy.lora,
       policy.lora_config,
-      GRPOConfig.from_config(config.grpo),
+      GRPOConfig.from_config(config.grpo, config.sampler.max_new_tokens),
       OptimConfig.from_config(config.optim, rounds * config.grpo.steps_per_batch),
       self.mesh,
       jax.random.key(stable_hash(config.seed, "learner") >> 32),
       temperature=config.sampler.temperature,
+      top_p=config.sampler.top_p,
+      top_k=config.sampler.top_k,
     )
 
   def make_search(self, episode: int) -> Any:
@@ -120,6 +122,7 @@ class System:
       config.search,
       config.reward,
       group_size=config.grpo.group_size,
+      refill=config.grpo.refill,
       dataset=task.dataset,
       question_type=task.question_type,
     )

@@ -176,9 +176,11 @@ class Loop:
   def _update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """GRPO on the round's rollouts; the policy's new adapter serves the next proposals."""
     if self.trainer is None:
-      from awf.grpo.trainer import rollout_metrics
+      from awf.grpo.config import GRPOConfig
+      from awf.grpo.rows import rollout_metrics
 
-      return rollout_metrics(rollouts, self.config.grpo.advantage, self.config.grpo.std_eps)
+      horizon = self.config.sampler.max_new_tokens
+      return rollout_metrics(rollouts, GRPOConfig.from_config(self.config.grpo, horizon))
     metrics = self.trainer.update(list(rollouts))
     if metrics.get("skipped"):
       self.progress.skipped += 1

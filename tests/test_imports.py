@@ -11,7 +11,7 @@ from conftest import ROOT
 LEVELS = {
   **dict.fromkeys(("types",), 0),
   **dict.fromkeys(("sharding", "chips", "config_io", "runtime_setup", "faults", "interrupt"), 1),
-  **dict.fromkeys(("config", "workdir"), 2),
+  **dict.fromkeys(("config", "workdir", "grpo_config"), 2),
   "qwen": 3,
   **dict.fromkeys(("sampler", "sandbox"), 4),
   **dict.fromkeys(("workflow", "tasks"), 5),

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_checkpoint import random_params
 
 from awf.grpo.config import GRPOConfig
-from awf.grpo.loss import grpo_token_loss, head_loss
+from awf.grpo.loss import head_loss
+from awf.grpo.objective import grpo_token_loss
 from awf.qwen.config import QwenConfig
 from awf.qwen.lora import LoRAConfig, init_lora, scaled, target_shapes
 from awf.qwen.model import Qwen, head, head_kernel
@@ -73,6 +74,7 @@ def world(name):
     "advantage": rng.standard_normal(shape).astype(np.float32),
     "old_logp": -np.abs(rng.standard_normal(shape)).astype(np.float32) - 5,
     "ref_logp": -np.abs(rng.standard_normal(shape)).astype(np.float32) - 5,
+    "weight": np.full(shape, 0.01, np.float32),
   }
   return jax.tree.map(np.asarray, (params, lora, batch))
 
@@ -88,7 +90,8 @@ def figures(config, params, lora, batch):
     hidden, _ = Qwen(config, remat=True).apply(variables, tokens, positions)
     kernel = jax.lax.stop_gradient(head_kernel(params))
     scalars = {"has_old": jnp.bool_(True), "total": jnp.float32(100)}
-    fn = functools.partial(grpo_token_loss, config=GRPO, temperature=1.0)
+    scalars["entropy_coef"] = jnp.float32(GRPO.entropy_coef)
+    fn = functools.partial(grpo_token_loss, config=GRPO)
     loss, _ = head_loss(kernel, hidden, batch_, scalars, jnp.int32(tokens.shape[1]), fn)
     return loss, head(params, hidden)
 

@@ -14,7 +14,7 @@ within 1e-4.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -66,12 +66,36 @@ class Linear(nn.Module):
 
 def lora_delta(x_BTi, a, b, adapter_B):
   """The low-rank update in the adapter's dtype (float32); rows with adapter 0 get exactly zero."""
-  x = x_BTi.astype(a.dtype)
   if a.ndim == 2:
-    return (x @ a) @ b
+    return _low_rank(x_BTi, a, b)
+  x = x_BTi.astype(a.dtype)
   chosen_BA = jax.nn.one_hot(adapter_B - 1, a.shape[0], dtype=a.dtype)
   low = jnp.einsum("bti,air->btar", x, a) * chosen_BA[:, None, :, None]
   return jnp.einsum("btar,aro->bto", low, b)
+
+
+@jax.custom_vjp
+def _low_rank(x_BTi, a, b):
+  """(x a) b. Its gradients turn matrices of rank R only; by the product's own rule XLA's CPU
+  compiler turns `x` and the output's gradient, which costs more than all products together.
+  """
+  return (x_BTi.astype(a.dtype) @ a) @ b
+
+
+def _low_rank_fwd(x_BTi, a, b):
+  low_BTR = x_BTi.astype(a.dtype) @ a
+  return low_BTR @ b, (x_BTi, low_BTR, a, b)
+
+
+def _low_rank_bwd(saved, d_BTo):
+  x_BTi, low_BTR, a, b = saved
+  d_low_BTR = jnp.einsum("bto,ro->btr", d_BTo, b)
+  d_x_BTi = jnp.einsum("btr,ir->bti", d_low_BTR, a).astype(x_BTi.dtype)
+  d_a = jnp.einsum("btr,bti->ri", d_low_BTR, x_BTi.astype(a.dtype)).T
+  return d_x_BTi, d_a, jnp.einsum("btr,bto->ro", low_BTR, d_BTo)
+
+
+_low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
 
 
 class Embed(nn.Module):
@@ -106,21 +130,59 @@ class RMSNorm(nn.Module):
     return (scale * x32).astype(self.dtype)
 
 
-def rope(
-  x_BTxH: jax.Array, positions_BT: jax.Array, theta: float, yarn: Yarn | None = None
-) -> jax.Array:
-  """Rotary position embedding; halves rotate against each other, as Hugging Face's rotate_half."""
-  half = x_BTxH.shape[-1] // 2
+class Rotation(NamedTuple):
+  """Cosines and sines of the rotary angles, float32 [B, T, 1, H / 2]; the same for all layers."""
+
+  cos: jax.Array
+  sin: jax.Array
+
+
+def rotation(
+  positions_BT: jax.Array, head_dim: int, theta: float, yarn: Yarn | None = None
+) -> Rotation:
+  """Rotary angles of the positions, for heads of size `head_dim`."""
+  half = head_dim // 2
   if yarn is None:
     freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   else:
-    freq = jnp.asarray(yarn.frequencies(2 * half, theta))
+    freq = jnp.asarray(yarn.frequencies(head_dim, theta))
   angle = positions_BT.astype(jnp.float32)[..., None, None] * freq[None, None, None]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
-  if yarn is not None:
-    cos, sin = cos * yarn.scale, sin * yarn.scale
+  return Rotation(cos, sin) if yarn is None else Rotation(cos * yarn.scale, sin * yarn.scale)
+
+
+def rotate(x_BTxH: jax.Array, by: Rotation) -> jax.Array:
+  """Rotary position embedding; halves rotate against each other, as Hugging Face's rotate_half."""
   x1, x2 = jnp.split(x_BTxH.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTxH.dtype)
+  turned = [x1 * by.cos - x2 * by.sin, x2 * by.cos + x1 * by.sin]
+  return jnp.concatenate(turned, axis=-1).astype(x_BTxH.dtype)
+
+
+def rope(
+  x_BTxH: jax.Array, positions_BT: jax.Array, theta: float, yarn: Yarn | None = None
+) -> jax.Array:
+  """`rotate` by the angles of the positions."""
+  return rotate(x_BTxH, rotation(positions_BT, x_BTxH.shape[-1], theta, yarn))
+
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """silu(gate) x up. The backward pass has the two arguments alone, no part of the sigmoid."""
+  return jax.nn.silu(gate) * up
+
+
+def _swiglu_fwd(gate, up):
+  return jax.nn.silu(gate) * up, (gate, up)
+
+
+def _swiglu_bwd(saved, d_y):
+  gate, up = saved
+  share = jax.nn.sigmoid(gate)
+  d_gate = d_y * up * (share * (1 + gate * (1 - share)))
+  return d_gate.astype(gate.dtype), (d_y * (gate * share)).astype(up.dtype)
+
+
+swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 def masked_attention(
@@ -161,7 +223,7 @@ class Block(nn.Module):
   layer: int
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, attend: Attend, cache, adapter_B):
+  def __call__(self, x_BTD, by: Rotation, attend: Attend, cache, adapter_B):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     n, k, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     b, t, _ = x_BTD.shape
@@ -176,14 +238,14 @@ class Block(nn.Module):
     if c.qk_norm:
       q = RMSNorm(c.rms_norm_eps, dtype, name="q_norm")(q)
       key = RMSNorm(c.rms_norm_eps, dtype, name="k_norm")(key)
-    q, key = (rope(x, positions_BT, c.rope_theta, c.yarn) for x in (q, key))
+    q, key = rotate(q, by), rotate(key, by)
     out, cache = attend(self.layer, q, key, v, cache)
     x_BTD = x_BTD + linear("o_proj", c.hidden_size)(out.reshape(b, t, n * h), adapter_B)
 
     y = RMSNorm(c.rms_norm_eps, dtype, name="post_attention_layernorm")(x_BTD)
     gate = linear("gate_proj", c.intermediate_size)(y, adapter_B)
     up = linear("up_proj", c.intermediate_size)(y, adapter_B)
-    x_BTD = x_BTD + linear("down_proj", c.hidden_size)(nn.silu(gate) * up, adapter_B)
+    x_BTD = x_BTD + linear("down_proj", c.hidden_size)(swiglu(gate, up), adapter_B)
     return x_BTD, cache
 
 
@@ -225,9 +287,10 @@ class Qwen(nn.Module):
     if not c.tie_word_embeddings:
       _HeadWeights(c.vocab_size, name="lm_head")(c.hidden_size)
     block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+    by = rotation(positions_BT, c.head_dim, c.rope_theta, c.yarn)
     new = []
     for l in range(c.num_hidden_layers):  # noqa: E741  (L is the layer axis)
-      x, cache = block(c, l, name=f"layers_{l}")(x, positions_BT, attend, caches[l], adapter_B)
+      x, cache = block(c, l, name=f"layers_{l}")(x, by, attend, caches[l], adapter_B)
       new.append(cache)
     return RMSNorm(c.rms_norm_eps, dtype, name="norm")(x), tuple(new)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from awf.qwen.remat import remat_name
 from awf.types import UserError
 
 ADVANTAGES = ("grpo", "dr_grpo")
@@ -39,7 +40,7 @@ class GRPOConfig:
   micro_batch: int = 8  # rows of one forward/backward pass
   mask_truncated: bool = False
   vocab_chunk: int = 4096  # tokens per chunk of the head
-  remat: bool = False
+  remat: bool | str = "none"  # what the backward pass computes again (awf.qwen.remat)
 
   def __post_init__(self) -> None:
     _require(self.group_size >= 2, "grpo.group_size", self.group_size, "at least 2")
@@ -50,6 +51,7 @@ class GRPOConfig:
       self.aggregation,
       f"one of {AGGREGATIONS}",
     )
+    remat_name(self.remat)
     for name in ("steps_per_batch", "micro_batch", "vocab_chunk"):
       _require(getattr(self, name) >= 1, f"grpo.{name}", getattr(self, name), "at least 1")
     for name in ("beta", "std_eps", "clip_high"):

@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from awf.qwen.adapted import adapted_matmul
 from awf.qwen.config import QwenConfig, Yarn
 from awf.qwen.quant import (
   Kernel,
@@ -30,6 +31,7 @@ from awf.qwen.quant import (
   linear_kernel,
   matmul,
 )
+from awf.qwen.remat import remat_wrapper
 
 # attend(layer, q_BTNH, k_BTKH, v_BTKH, cache_of_layer) -> (out_BTNH, cache_of_layer)
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -53,49 +55,27 @@ class Linear(nn.Module):
     else:
       shape = (x_BTi.shape[-1], self.features)
       kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
-    y = matmul(x_BTi, at_compute_dtype(kernel, self.dtype))
+    adapter = None
+    if self.has_variable("lora", "a"):
+      adapter = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+    if adapter is not None and adapter[0].ndim == 2:
+      y = adapted_matmul(x_BTi, kernel, *adapter)
+    else:
+      y = matmul(x_BTi, at_compute_dtype(kernel, self.dtype))
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y = y + bias.astype(self.dtype)[None, None]
-    if self.has_variable("lora", "a"):
-      y = y + lora_delta(
-        x_BTi, self.get_variable("lora", "a"), self.get_variable("lora", "b"), adapter_B
-      ).astype(self.dtype)
+    if adapter is not None and adapter[0].ndim == 3:
+      y = y + stacked_delta(x_BTi, *adapter, adapter_B).astype(self.dtype)
     return y
 
 
-def lora_delta(x_BTi, a, b, adapter_B):
-  """The low-rank update in the adapter's dtype (float32); rows with adapter 0 get exactly zero."""
-  if a.ndim == 2:
-    return _low_rank(x_BTi, a, b)
+def stacked_delta(x_BTi, a, b, adapter_B):
+  """Each row's low-rank update in the adapter's dtype (float32); of adapter 0 exactly zero."""
   x = x_BTi.astype(a.dtype)
   chosen_BA = jax.nn.one_hot(adapter_B - 1, a.shape[0], dtype=a.dtype)
   low = jnp.einsum("bti,air->btar", x, a) * chosen_BA[:, None, :, None]
   return jnp.einsum("btar,aro->bto", low, b)
-
-
-@jax.custom_vjp
-def _low_rank(x_BTi, a, b):
-  """(x a) b. Its gradients turn matrices of rank R only; by the product's own rule XLA's CPU
-  compiler turns `x` and the output's gradient, which costs more than all products together.
-  """
-  return (x_BTi.astype(a.dtype) @ a) @ b
-
-
-def _low_rank_fwd(x_BTi, a, b):
-  low_BTR = x_BTi.astype(a.dtype) @ a
-  return low_BTR @ b, (x_BTi, low_BTR, a, b)
-
-
-def _low_rank_bwd(saved, d_BTo):
-  x_BTi, low_BTR, a, b = saved
-  d_low_BTR = jnp.einsum("bto,ro->btr", d_BTo, b)
-  d_x_BTi = jnp.einsum("btr,ir->bti", d_low_BTR, a).astype(x_BTi.dtype)
-  d_a = jnp.einsum("btr,bti->ri", d_low_BTR, x_BTi.astype(a.dtype)).T
-  return d_x_BTi, d_a, jnp.einsum("btr,bto->ro", low_BTR, d_BTo)
-
-
-_low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
 
 
 class Embed(nn.Module):
@@ -221,32 +201,41 @@ class Block(nn.Module):
 
   config: QwenConfig
   layer: int
+  halves: tuple[str, ...] = ("attention", "mlp")  # which of the two are applied
 
   @nn.compact
   def __call__(self, x_BTD, by: Rotation, attend: Attend, cache, adapter_B):
-    c, dtype = self.config, jnp.dtype(self.config.dtype)
+    if "attention" in self.halves:
+      x_BTD, cache = self._attention(x_BTD, by, attend, cache, adapter_B)
+    return self._mlp(x_BTD, adapter_B) if "mlp" in self.halves else x_BTD, cache
+
+  def _linear(self, name: str, features: int, bias: bool = False) -> Linear:
+    return Linear(features, bias, jnp.dtype(self.config.dtype), name=name)
+
+  def _norm(self, name: str) -> RMSNorm:
+    return RMSNorm(self.config.rms_norm_eps, jnp.dtype(self.config.dtype), name=name)
+
+  def _attention(self, x_BTD, by, attend, cache, adapter_B):
+    c = self.config
     n, k, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     b, t, _ = x_BTD.shape
-
-    def linear(name, features, bias=False):
-      return Linear(features, bias, dtype, name=name)
-
-    y = RMSNorm(c.rms_norm_eps, dtype, name="input_layernorm")(x_BTD)
-    q = linear("q_proj", n * h, c.qkv_bias)(y, adapter_B).reshape(b, t, n, h)
-    key = linear("k_proj", k * h, c.qkv_bias)(y, adapter_B).reshape(b, t, k, h)
-    v = linear("v_proj", k * h, c.qkv_bias)(y, adapter_B).reshape(b, t, k, h)
+    y = self._norm("input_layernorm")(x_BTD)
+    q = self._linear("q_proj", n * h, c.qkv_bias)(y, adapter_B).reshape(b, t, n, h)
+    key = self._linear("k_proj", k * h, c.qkv_bias)(y, adapter_B).reshape(b, t, k, h)
+    v = self._linear("v_proj", k * h, c.qkv_bias)(y, adapter_B).reshape(b, t, k, h)
     if c.qk_norm:
-      q = RMSNorm(c.rms_norm_eps, dtype, name="q_norm")(q)
-      key = RMSNorm(c.rms_norm_eps, dtype, name="k_norm")(key)
+      q, key = self._norm("q_norm")(q), self._norm("k_norm")(key)
     q, key = rotate(q, by), rotate(key, by)
     out, cache = attend(self.layer, q, key, v, cache)
-    x_BTD = x_BTD + linear("o_proj", c.hidden_size)(out.reshape(b, t, n * h), adapter_B)
+    out = self._linear("o_proj", c.hidden_size)(out.reshape(b, t, n * h), adapter_B)
+    return x_BTD + out, cache
 
-    y = RMSNorm(c.rms_norm_eps, dtype, name="post_attention_layernorm")(x_BTD)
-    gate = linear("gate_proj", c.intermediate_size)(y, adapter_B)
-    up = linear("up_proj", c.intermediate_size)(y, adapter_B)
-    x_BTD = x_BTD + linear("down_proj", c.hidden_size)(swiglu(gate, up), adapter_B)
-    return x_BTD, cache
+  def _mlp(self, x_BTD, adapter_B):
+    c = self.config
+    y = self._norm("post_attention_layernorm")(x_BTD)
+    gate = self._linear("gate_proj", c.intermediate_size)(y, adapter_B)
+    up = self._linear("up_proj", c.intermediate_size)(y, adapter_B)
+    return x_BTD + self._linear("down_proj", c.hidden_size)(swiglu(gate, up), adapter_B)
 
 
 class Qwen(nn.Module):
@@ -257,7 +246,7 @@ class Qwen(nn.Module):
   """
 
   config: QwenConfig
-  remat: bool = False  # recompute each layer in the backward pass
+  remat: bool | str = False  # what the backward pass computes again (awf.qwen.remat)
 
   @nn.compact
   def __call__(
@@ -286,8 +275,11 @@ class Qwen(nn.Module):
     x = Embed(c.vocab_size, c.hidden_size, dtype, name="embed")(tokens_BT)
     if not c.tie_word_embeddings:
       _HeadWeights(c.vocab_size, name="lm_head")(c.hidden_size)
-    block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
-    by = rotation(positions_BT, c.head_dim, c.rope_theta, c.yarn)
+    block = remat_wrapper(self.remat, nn.remat)(Block, static_argnums=(3,))
+    # Behind a barrier: else XLA computes the sines again beside each of their uses.
+    by = Rotation(
+      *jax.lax.optimization_barrier(rotation(positions_BT, c.head_dim, c.rope_theta, c.yarn))
+    )
     new = []
     for l in range(c.num_hidden_layers):  # noqa: E741  (L is the layer axis)
       x, cache = block(c, l, name=f"layers_{l}")(x, by, attend, caches[l], adapter_B)

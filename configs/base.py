@@ -133,8 +133,8 @@ def base_config() -> ConfigDict:
       micro_batch=8,  # rows of one forward/backward pass
       mask_truncated=False,
       vocab_chunk=4096,  # positions x vocabulary never exists: tokens per chunk of the head
-      remat="none",  # what the backward pass computes again: none, full (all but a layer's input), or
-      # a policy of jax.checkpoint by name, for instance dots_with_no_batch_dims
+      remat="none",  # none, full (the backward pass computes every layer again), or a policy of
+      # jax.checkpoint by name, for instance dots_with_no_batch_dims
     )
   )
   c.optim = ConfigDict(

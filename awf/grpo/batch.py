@@ -123,7 +123,7 @@ def _room(length: int, block: int) -> int:
 
 
 def _completion_room(rollout: Rollout, block: int) -> int:
-  """Likewise of a completion; never less than its targets, of which a bin holds as many as tokens."""
+  """Likewise of a completion; never less than its targets: a bin has room for T of them."""
   size = len(rollout.token_ids)
   return max(size, _room(size - 1, block))
 

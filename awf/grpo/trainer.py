@@ -25,8 +25,8 @@ from awf.grpo.config import (
 )
 from awf.grpo.loss import grpo_token_loss, head_chunk, head_loss, k3, policy_terms
 from awf.qwen.config import QwenConfig
-from awf.qwen.lora import LoRAConfig, init_lora, scaled
 from awf.qwen.looped import looped_hidden
+from awf.qwen.lora import LoRAConfig, init_lora, scaled
 from awf.qwen.model import Attend, Qwen, head_kernel
 from awf.qwen.remat import remat_name
 from awf.sharding import abstract, is_abstract, make_mesh, replicated, tree_shardings

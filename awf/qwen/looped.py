@@ -1,8 +1,8 @@
 """The model's layers as one loop over separate weights: a program with the code of one layer.
 
 Each turn picks its layer's weights, which stay where they are, one array per layer: a switch copies
-the chosen ones (230 MB of a 7B model in int8, 0.6 ms on a v5e, where a pass of 6,000 tokens takes 16
-ms of products). Unrolled, the learner's program for 28 layers is a gigabyte of code on a TPU and
+the chosen ones (230 MB of a 7B model in int8, 0.6 ms on a v5e, where a pass of 6,000 tokens takes
+16 ms of products). Unrolled, the learner's program for 28 layers is a gigabyte of code on a TPU and
 takes an hour to compile; a stacked copy of the weights would be one too many.
 """
 

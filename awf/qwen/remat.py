@@ -1,11 +1,9 @@
-"""Which values of a layer are kept for the backward pass, by name; the others are computed again."""
+"""Which values of a layer are kept for the backward pass, by name; others are computed again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-
-import jax
 
 from awf.types import UserError
 
@@ -38,10 +36,14 @@ def remat_name(value: bool | str) -> str:
   return name
 
 
-def remat_wrapper(value: bool | str, lift: Callable = jax.checkpoint) -> Callable[..., Any]:
-  """What to wrap a layer in: identity, or `lift` (jax.checkpoint, nn.remat) with the policy."""
+def remat_wrapper(
+  value: bool | str, lift: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+  """What to wrap a layer in: identity, or `lift` (None: jax.checkpoint) with the policy."""
+  import jax  # configs are checked without it
+
   name = remat_name(value)
   if name == "none":
     return lambda layer, **_: layer
   policy = None if name == "full" else getattr(jax.checkpoint_policies, name + _SUFFIX)
-  return lambda layer, **options: lift(layer, policy=policy, **options)
+  return lambda layer, **options: (lift or jax.checkpoint)(layer, policy=policy, **options)

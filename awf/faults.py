@@ -48,7 +48,8 @@ def explain(error: BaseException, config: ConfigDict, plan_command: str) -> str 
       )
     if is_out_of_memory(one):
       first = (str(one).strip().splitlines() or [type(one).__name__])[0][:200]
-      remat = "" if config.grpo.remat else ", or set config.grpo.remat to true"
+      is_full = remat_name(config.grpo.remat) == "full"
+      remat = "" if is_full else ", or set config.grpo.remat to full"
       quant = "" if config.model.quant != "none" else ", or config.model.quant=int8"
       return (
         f"out of memory ({first}): see what fits with `{plan_command}`; lower "

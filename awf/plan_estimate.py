@@ -97,9 +97,18 @@ def learner_trips(setup: Setup, op_name: str) -> float | None:
     chunk = min(trainer.head_chunk, batch.target_ZBU.shape[2])
     steps = batch.num_targets_Z[: int(batch.num_steps)]
     return float(sum(-(-int(n) // chunk) for n in steps)) / len(steps)
+  if op_name.endswith(("/layers/while", "(layers)/while", "layers))/while")):
+    return float(setup.model.num_hidden_layers)
   if "key_blocks" in op_name and op_name.endswith("/while"):
     return average_key_blocks(batch, trainer.block)
   return None
+
+
+def is_full(config: ConfigDict) -> bool:
+  """Whether the update computes every layer again in its backward pass."""
+  from awf.remat import remat_name
+
+  return remat_name(config.grpo.remat) == "full"
 
 
 def _guessed(count: Count) -> list[str]:
@@ -127,7 +136,7 @@ def ratios(config: ConfigDict, setup: Setup, programs: dict[str, Program]) -> di
   if update and update.parts:
     batch = setup.batch
     must = update_flops(
-      setup.model, config.lora.rank, tuple(config.lora.targets), batch, config.grpo.remat
+      setup.model, config.lora.rank, tuple(config.lora.targets), batch, is_full(config)
     )
     spread = setup.mesh.size
     done = update.parts["whole"].flops * spread
@@ -229,7 +238,7 @@ def estimate_counted(config: ConfigDict, setup: Setup, target: Target) -> dict[s
     "once": 0.0,
   }
   must = update_flops(
-    model, config.lora.rank, tuple(config.lora.targets), setup.batch, config.grpo.remat
+    model, config.lora.rank, tuple(config.lora.targets), setup.batch, is_full(config)
   )
   per_batch = must["total"] / chip.flops * config.grpo.steps_per_batch
   return _speeds(config, setup, seconds, per_batch) | {"ratios": {}}

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from awf.chips import GIB
 from awf.config_io import set_field
+from awf.plan_estimate import is_full
 from awf.plan_target import Target
 from awf.types import UserError
 
@@ -37,7 +38,7 @@ def candidates(config: ConfigDict, sampler_is_the_peak: bool) -> Iterator[Change
 
 
 def _learner(config: ConfigDict) -> list[Change]:
-  changes: list[Change] = [] if config.grpo.remat else [{"grpo.remat": True}]
+  changes: list[Change] = [] if is_full(config) else [{"grpo.remat": "full"}]
   remat = changes[0] if changes else {}
   size = config.grpo.micro_batch
   while size > 1:

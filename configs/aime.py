@@ -36,7 +36,7 @@ def get_config(arg=None):
   c.search.full_top = 1
   c.grpo.group_size = 8
   c.grpo.micro_batch = 2
-  c.grpo.remat = True
+  c.grpo.remat = "full"
   c.optim.learning_rate = 1e-5
   if args.smoke:
     shrink(c)

@@ -160,7 +160,8 @@ def base_config() -> ConfigDict:
       steps_per_batch=1,  # optimiser steps on one batch, all clipped against the same old log-probs
       micro_batch=8,  # rows of one forward/backward pass
       vocab_chunk=4096,  # positions x vocabulary never exists: tokens per chunk of the head
-      remat=False,
+      remat="none",  # none, full (the backward pass computes every layer again), or a policy of
+      # jax.checkpoint by name, for instance dots_with_no_batch_dims
     )
   )
   c.optim = ConfigDict(

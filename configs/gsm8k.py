@@ -31,7 +31,7 @@ def get_config(arg=None):
   c.search.full_problems = 96
   c.search.full_top = 1
   c.grpo.micro_batch = 2
-  c.grpo.remat = True
+  c.grpo.remat = "full"
   c.optim.learning_rate = 2e-5
   if args.smoke:
     shrink(c)

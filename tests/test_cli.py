@@ -101,7 +101,7 @@ def one_line_error(capsys, *argv):
     ((SMALL, "--config.seed="), "expected int"),
     ((SMALL, "--config.seed"), "--config.seed needs a value"),
     ((SMALL, "--config.optim.learning_rate=fast"), "expected float"),
-    ((SMALL, "--config.grpo.remat=perhaps"), "expected bool"),
+    ((SMALL, "--config.grpo.mask_truncated=perhaps"), "expected bool"),
     ((SMALL, "--config.eval.pass_k=1,b"), "config.eval.pass_k"),
     ((SMALL, "--config.grpo.group_size=1"), "config.grpo.group_size = 1: expected at least 2"),
     ((SMALL, "--config.model.path=/nowhere"), "configs/quickstart.py"),
@@ -115,14 +115,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, argv, expected):
 def test_overrides_of_all_types(checkpoint):
   argv = [
     SMALL, "--mode=bench", f"--config.model.path={checkpoint}", "--config.seed", "7",
-    "-config.lora.rank=4", "--config.optim.learning_rate=1", "--config.grpo.remat",
+    "-config.lora.rank=4", "--config.optim.learning_rate=1", "--config.grpo.mask_truncated",
     "--noconfig.sampler.strict", "--config.lora.targets=q_proj,v_proj", "--config.eval.pass_k=(1,)",
     "--config.seed=8",
   ]  # fmt: skip
   command = cli.parse(argv)
   c = command.config
   assert (c.seed, c.lora.rank, c.optim.learning_rate) == (8, 4, 1.0)
-  assert (c.grpo.remat, c.sampler.strict) == (True, False)
+  assert (c.grpo.mask_truncated, c.sampler.strict) == (True, False)
   assert (c.lora.targets, c.eval.pass_k) == (("q_proj", "v_proj"), (1,))
   assert str(command.workdir) == "runs/quickstart" and c.is_locked
 

@@ -45,7 +45,7 @@ def make_config(path, target="cpu", **changes):
   fields = {
     "sampler.rows": 16, "sampler.context": 640, "sampler.max_new_tokens": 128,
     "executor.max_new_tokens": 64, "lora.rank": 4, "grpo.group_size": 4, "grpo.micro_batch": 4,
-    "grpo.remat": True, "search.parents": 2, "plan.programs": ("sampler", "update"),
+    "grpo.remat": "full", "search.parents": 2, "plan.programs": ("sampler", "update"),
     "plan.problem_prompt": 64,
   } | changes  # fmt: skip
   for name, value in fields.items():
@@ -149,9 +149,9 @@ def test_the_fast_plan_agrees_with_the_whole_model(small, tmp_path):
 
 
 def test_candidates_begin_with_the_part_that_is_the_peak(small):
-  config = make_config(small, **{"grpo.remat": False})
+  config = make_config(small, **{"grpo.remat": "none"})
   assert next(candidates(config, True)) == {"sampler.rows": 8}
-  assert next(candidates(config, False)) == {"grpo.remat": True}
+  assert next(candidates(config, False)) == {"grpo.remat": "full"}
   every = list(candidates(config, True))
   assert {"model.quant": "int8"} in every
   assert len({json.dumps(c, sort_keys=True) for c in every}) == len(every)

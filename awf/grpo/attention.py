@@ -87,10 +87,7 @@ def block_attend(segments_T: jax.Array, parents_T: jax.Array, block: int = BLOCK
   segments_IX = jnp.pad(segments_T, (0, pad)).reshape(-1, block)
   parents_IX = jnp.pad(parents_T, (0, pad)).reshape(-1, block)
   num_i = segments_IX.shape[0]
-  seen_1J1Z = segments_IX[None, :, None, :]
-  is_related = (segments_IX[:, None, :, None] == seen_1J1Z) & (seen_1J1Z > 0)
-  is_related |= (parents_IX[:, None, :, None] == seen_1J1Z) & (seen_1J1Z > 0)
-  is_seen_IJ = jnp.any(is_related, axis=(2, 3)) & jnp.tri(num_i, dtype=bool)
+  is_seen_IJ = _related_blocks(segments_IX, parents_IX) & jnp.tri(num_i, dtype=bool)
   blocks = _Blocks(
     jnp.argsort(~is_seen_IJ, axis=1, stable=True).astype(jnp.int32),
     jnp.sum(is_seen_IJ, axis=1, dtype=jnp.int32),
@@ -113,6 +110,24 @@ def block_attend(segments_T: jax.Array, parents_T: jax.Array, block: int = BLOCK
     return out.reshape(1, num_i * block, n, h)[:, :t], cache
 
   return attend
+
+
+def _related_blocks(segments_IX: jax.Array, parents_IX: jax.Array) -> jax.Array:
+  """bool [I, J]: some token of block i may see one of block j, as far as ids tell.
+
+  By the range of ids in block j, which may name too many blocks where ids do not ascend; their
+  tokens are masked.
+  """
+  none = jnp.iinfo(segments_IX.dtype).max
+  low_J = jnp.min(jnp.where(segments_IX > 0, segments_IX, none), axis=1)
+  high_J = jnp.max(segments_IX, axis=1)
+
+  def meets(ids_IX):
+    ids_IX1 = ids_IX[:, :, None]
+    is_inside = (ids_IX1 >= low_J[None, None]) & (ids_IX1 <= high_J[None, None])
+    return jnp.any(is_inside & (ids_IX1 > 0), axis=1)
+
+  return meets(segments_IX) | meets(parents_IX)
 
 
 def _scores(q, k, i, j, segments_X, parents_X, blocks):

@@ -17,6 +17,8 @@ import numpy as np
 from awf.types import ArrayT, Rollout
 
 _GRAIN = 512  # bin sizes are multiples of it
+_BASE = 1024  # tokens of a bin where small bins are as fast as large ones (`fitted_size`)
+_GAIN = 0.92  # share of the tokens below which another size is worth a program of its own
 
 
 @jax.tree_util.register_dataclass
@@ -59,12 +61,32 @@ def bin_size(rollouts: Sequence[Rollout], at_least: int) -> int:
   return size
 
 
+def fitted_size(
+  rollouts: Sequence[Rollout], rows: Sequence[int], at_most: int, block: int = 0
+) -> int:
+  """Tokens per bin that leave little padding; for one device without a preference for large bins.
+
+  It is a function of the batch alone, so that a resumed run packs as the uninterrupted one. Few
+  sizes can come out, and another than the usual one only where it saves a good part of the tokens.
+
+  Args:
+    rollouts, rows, block: as of `make_batch`.
+    at_most: tokens per bin, unless a row is longer.
+  """
+  base = bin_size([rollouts[i] for i in rows], min(at_most, _BASE))
+  sizes = [base + i * base // 4 for i in range(5) if i == 0 or base + i * base // 4 <= at_most]
+  padded = {size: size * len(_fill_bins(rollouts, rows, size, block)) for size in sizes}
+  best = min(sizes, key=lambda size: padded[size])
+  return best if padded[best] <= _GAIN * padded[base] else base
+
+
 def make_batch(
   rollouts: Sequence[Rollout],
   rows: Sequence[int],
   size: int,
   bins_per_step: int = 1,
   min_steps: int = 1,
+  block: int = 0,
 ) -> Batch[np.ndarray]:
   """Packs some of the rollouts.
 
@@ -74,11 +96,13 @@ def make_batch(
     size: tokens per bin (`bin_size`).
     bins_per_step: B, a multiple of the devices that rows are split over.
     min_steps: Z is at least this, so that the shape need not change; padded steps are never run.
+    block: tokens per block of the attention, or 0. Sequences that nearly end with a block are
+      padded to its end: a block with two sequences looks at the keys of both.
 
   Raises:
     ValueError: an empty prompt, or one that does not fit with its completion.
   """
-  bins = _fill_bins(rollouts, rows, size)
+  bins = _fill_bins(rollouts, rows, size, block)
   num_steps = max(1, -(-len(bins) // bins_per_step))
   z = max(min_steps, 1 << (num_steps - 1).bit_length())  # few shapes
   shape = (z, bins_per_step, size)
@@ -87,12 +111,26 @@ def make_batch(
   num_targets_Z = np.zeros(z, np.int32)
   for number, full in enumerate(bins):
     at = divmod(number, bins_per_step)
-    count = _write_bin({name: x[at] for name, x in arrays.items()}, full, rollouts)
+    count = _write_bin({name: x[at] for name, x in arrays.items()}, full, rollouts, block)
     num_targets_Z[at[0]] = max(num_targets_Z[at[0]], count)
   return Batch(**arrays, num_targets_Z=num_targets_Z, num_steps=np.array(num_steps, np.int32))
 
 
-def _fill_bins(rollouts: Sequence[Rollout], rows: Sequence[int], size: int) -> list[_Bin]:
+def _room(length: int, block: int) -> int:
+  """Tokens that a sequence takes in a bin, with its padding."""
+  missing = -length % block if block else 0
+  return length + (missing if missing <= block // 8 else 0)
+
+
+def _completion_room(rollout: Rollout, block: int) -> int:
+  """Likewise of a completion; never less than its targets: a bin has room for T of them."""
+  size = len(rollout.token_ids)
+  return max(size, _room(size - 1, block))
+
+
+def _fill_bins(
+  rollouts: Sequence[Rollout], rows: Sequence[int], size: int, block: int
+) -> list[_Bin]:
   """Each prompt's completions, longest first, into bins that hold the prompt, else the best fit."""
   by_prompt: dict[tuple[int, ...], list[int]] = {}
   for row in rows:
@@ -103,10 +141,11 @@ def _fill_bins(rollouts: Sequence[Rollout], rows: Sequence[int], size: int) -> l
   bins: list[_Bin] = []
   for prompt, members in by_prompt.items():
     for row in sorted(members, key=lambda i: -len(rollouts[i].token_ids)):
-      own = len(rollouts[row].token_ids) - 1
-      both = len(prompt) + own
+      both = len(prompt) + len(rollouts[row].token_ids) - 1
       if both > size:
         raise ValueError(f"rollout {row}: expected at most {size} tokens, got {both}")
+      own = _completion_room(rollouts[row], block)
+      both = min(size, _room(len(prompt), block) + own)
       shared = [b for b in bins if prompt in b.prompts and b.space >= own]
       fresh = [b for b in bins if prompt not in b.prompts and b.space >= both]
       if shared:
@@ -121,9 +160,14 @@ def _fill_bins(rollouts: Sequence[Rollout], rows: Sequence[int], size: int) -> l
   return bins
 
 
-def _write_bin(arrays: dict[str, np.ndarray], full: _Bin, rollouts: Sequence[Rollout]) -> int:
+def _write_bin(
+  arrays: dict[str, np.ndarray], full: _Bin, rollouts: Sequence[Rollout], block: int
+) -> int:
   """Writes one bin into its slices; returns the number of targets."""
   start, segment, num_targets = 0, 0, 0
+  rooms = [_room(len(prompt), block) for prompt in full.prompts]
+  rooms += [_completion_room(rollouts[i], block) for m in full.prompts.values() for i in m]
+  block = block if sum(rooms) <= len(arrays["tokens_ZBT"]) else 0  # a row as long as the bin
 
   def put(ids, parent, first_position):
     stop = start + len(ids)
@@ -131,13 +175,13 @@ def _write_bin(arrays: dict[str, np.ndarray], full: _Bin, rollouts: Sequence[Rol
     arrays["segments_ZBT"][start:stop] = segment
     arrays["parents_ZBT"][start:stop] = parent
     arrays["positions_ZBT"][start:stop] = first_position + np.arange(len(ids))
-    return stop
+    return start + _room(len(ids), block)
 
   for prompt, members in full.prompts.items():
     segment += 1
     parent = segment
+    last = start + len(prompt) - 1
     start = put(prompt, parent, 0)
-    last = start - 1
     for row in members:
       segment += 1
       ids = rollouts[row].token_ids

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from awf.grpo.attention import block_attend, dense_attend, packed_block
-from awf.grpo.batch import Batch, bin_size, make_batch
+from awf.grpo.batch import Batch, bin_size, fitted_size, make_batch
 from awf.grpo.config import (
   GRPOConfig,
   OptimConfig,
@@ -25,7 +25,7 @@ from awf.grpo.config import (
 )
 from awf.grpo.critic import init_critic
 from awf.grpo.guard import keep_if, mean_of_sound
-from awf.grpo.loss import HEAD_CHUNK, head_loss
+from awf.grpo.loss import head_chunk, head_loss
 from awf.grpo.objective import (
   Sampling,
   adapt_entropy_coef,
@@ -57,12 +57,15 @@ from awf.grpo.rows import (
   shaped_rewards,
 )
 from awf.qwen.config import QwenConfig
+from awf.qwen.looped import looped_hidden
 from awf.qwen.lora import LoRAConfig, init_lora, scaled
-from awf.qwen.model import Qwen, head_kernel
+from awf.qwen.model import Attend, Qwen, head_kernel
+from awf.remat import remat_name
 from awf.sharding import abstract, is_abstract, make_mesh, replicated, tree_shardings
 from awf.types import Rollout
 
 _MIN_STEPS = 8  # room for this many passes from the start, so that small batches share a shape
+MLP_CHUNK = 2048  # tokens that pass the MLP at a time where layers are looped and recomputed
 _ROW_TOKENS = 256  # a bin has room for grpo.micro_batch rows of this size
 
 
@@ -98,6 +101,8 @@ class GRPOTrainer:
     key: typed PRNG key.
     temperature, top_p, top_k: the sampler's. The policy that is trained is the distribution that
       tokens were drawn from: tempered, cut and renormalised.
+    is_looped: one loop over the layers (awf.qwen.looped) instead of a program with all of them;
+      None: on a TPU.
 
   Source: GRPO, arXiv:2402.03300; token-level loss and clip range of DAPO, arXiv:2503.14476.
   """
@@ -116,14 +121,18 @@ class GRPOTrainer:
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    is_looped: bool | None = None,
   ):
     self.grpo, self.optim, self.lora_config = grpo, optim, lora_config
     self.mesh = make_mesh(1, devices=jax.devices()[:1]) if mesh is None else mesh
-    self._model = Qwen(model_config, remat=grpo.remat)
+    self._config = model_config
+    platform = self.mesh.devices.flat[0].platform
+    self.is_looped = platform == "tpu" if is_looped is None else is_looped
     self._params = params
     self._bins = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     self.block = packed_block(self.mesh)  # 0: attention over all keys at once
-    self._size = grpo.micro_batch * _ROW_TOKENS  # tokens per bin; grows, never shrinks
+    self._size = grpo.micro_batch * _ROW_TOKENS  # tokens per bin; grows, never shrinks; on a CPU
+    # the most that `fitted_size` may choose
     self._num_steps = _MIN_STEPS  # likewise; padded steps cost a few integers
     self._optimizer = make_optimizer(optim)
     # A sampler at temperature 0 records log-probs of the plain softmax.
@@ -136,7 +145,7 @@ class GRPOTrainer:
       sampling=self.sampling,
       keeps_support=keeps_support,
     )
-    self.head_chunk = min(grpo.vocab_chunk, HEAD_CHUNK)
+    self.head_chunk = min(grpo.vocab_chunk, head_chunk(model_config.vocab_size))
     self.traces = 0
 
     def first_state(key: jax.Array) -> TrainState:
@@ -346,8 +355,11 @@ class GRPOTrainer:
     }
 
   def _batch(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> Batch[np.ndarray]:
-    self._size = bin_size([rollouts[i] for i in rows], self._size)
-    batch = make_batch(rollouts, rows, self._size, self._bins, self._num_steps)
+    if self.block and self.mesh.devices.flat[0].platform == "cpu":
+      size = fitted_size(rollouts, rows, self._size, self.block)
+    else:
+      size = self._size = bin_size([rollouts[i] for i in rows], self._size)
+    batch = make_batch(rollouts, rows, size, self._bins, self._num_steps, self.block)
     self._num_steps = batch.tokens_ZBT.shape[0]
     return batch
 
@@ -366,10 +378,8 @@ class GRPOTrainer:
       attend = block_attend(bins.segments_ZBT[0], bins.parents_ZBT[0], self.block)
     else:
       attend = dense_attend(bins.segments_ZBT, bins.parents_ZBT)
-    variables = {"params": base}
-    if lora:
-      variables["lora"] = scaled(lora, self.lora_config)
-    hidden_BTD, _ = self._model.apply(variables, bins.tokens_ZBT, bins.positions_ZBT, attend)
+    lora = scaled(lora, self.lora_config) if lora else {}
+    hidden_BTD = self._final_hidden(lora, base, bins, attend)
     return jnp.take_along_axis(hidden_BTD, bins.source_ZBU[..., None], axis=1)
 
   def _forward(
@@ -381,6 +391,19 @@ class GRPOTrainer:
     kernel = jax.lax.stop_gradient(head_kernel(base))
     fn, num_targets = fn or self._token_loss, bins.num_targets_Z
     return head_loss(kernel, hidden_BUD, data, scalars, num_targets, fn, self.head_chunk)
+
+  def _final_hidden(
+    self, lora: Any, base: Any, bins: Batch[jax.Array], attend: Attend
+  ) -> jax.Array:
+    """Final hidden states [B, T, D] of one step's bins."""
+    tokens, positions, remat = bins.tokens_ZBT, bins.positions_ZBT, self.grpo.remat
+    if self.is_looped:
+      chunk = MLP_CHUNK if remat_name(remat) == "full" else 0
+      return looped_hidden(
+        self._config, base, lora, tokens, positions, attend, remat=remat, mlp_chunk=chunk
+      )
+    variables = {"params": base} | ({"lora": lora} if lora else {})
+    return Qwen(self._config, remat=remat).apply(variables, tokens, positions, attend)[0]
 
   def _score_batch(
     self, lora: Any, base: Any, batch: Batch[jax.Array], support_ZBUX: jax.Array | None = None

@@ -14,12 +14,13 @@ within 1e-4.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from awf.qwen.adapted import adapted_matmul
 from awf.qwen.config import QwenConfig, Yarn
 from awf.qwen.quant import (
   Kernel,
@@ -30,6 +31,7 @@ from awf.qwen.quant import (
   linear_kernel,
   matmul,
 )
+from awf.remat import remat_wrapper
 
 # attend(layer, q_BTNH, k_BTKH, v_BTKH, cache_of_layer) -> (out_BTNH, cache_of_layer)
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -53,22 +55,24 @@ class Linear(nn.Module):
     else:
       shape = (x_BTi.shape[-1], self.features)
       kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
-    y = matmul(x_BTi, at_compute_dtype(kernel, self.dtype))
+    adapter = None
+    if self.has_variable("lora", "a"):
+      adapter = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+    if adapter is not None and adapter[0].ndim == 2:
+      y = adapted_matmul(x_BTi, kernel, *adapter)
+    else:
+      y = matmul(x_BTi, at_compute_dtype(kernel, self.dtype))
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y = y + bias.astype(self.dtype)[None, None]
-    if self.has_variable("lora", "a"):
-      y = y + lora_delta(
-        x_BTi, self.get_variable("lora", "a"), self.get_variable("lora", "b"), adapter_B
-      ).astype(self.dtype)
+    if adapter is not None and adapter[0].ndim == 3:
+      y = y + stacked_delta(x_BTi, *adapter, adapter_B).astype(self.dtype)
     return y
 
 
-def lora_delta(x_BTi, a, b, adapter_B):
-  """The low-rank update in the adapter's dtype (float32); rows with adapter 0 get exactly zero."""
+def stacked_delta(x_BTi, a, b, adapter_B):
+  """Each row's low-rank update in the adapter's dtype (float32); of adapter 0 exactly zero."""
   x = x_BTi.astype(a.dtype)
-  if a.ndim == 2:
-    return (x @ a) @ b
   chosen_BA = jax.nn.one_hot(adapter_B - 1, a.shape[0], dtype=a.dtype)
   low = jnp.einsum("bti,air->btar", x, a) * chosen_BA[:, None, :, None]
   return jnp.einsum("btar,aro->bto", low, b)
@@ -106,21 +110,59 @@ class RMSNorm(nn.Module):
     return (scale * x32).astype(self.dtype)
 
 
-def rope(
-  x_BTxH: jax.Array, positions_BT: jax.Array, theta: float, yarn: Yarn | None = None
-) -> jax.Array:
-  """Rotary position embedding; halves rotate against each other, as Hugging Face's rotate_half."""
-  half = x_BTxH.shape[-1] // 2
+class Rotation(NamedTuple):
+  """Cosines and sines of the rotary angles, float32 [B, T, 1, H / 2]; the same for all layers."""
+
+  cos: jax.Array
+  sin: jax.Array
+
+
+def rotation(
+  positions_BT: jax.Array, head_dim: int, theta: float, yarn: Yarn | None = None
+) -> Rotation:
+  """Rotary angles of the positions, for heads of size `head_dim`."""
+  half = head_dim // 2
   if yarn is None:
     freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   else:
-    freq = jnp.asarray(yarn.frequencies(2 * half, theta))
+    freq = jnp.asarray(yarn.frequencies(head_dim, theta))
   angle = positions_BT.astype(jnp.float32)[..., None, None] * freq[None, None, None]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
-  if yarn is not None:
-    cos, sin = cos * yarn.scale, sin * yarn.scale
+  return Rotation(cos, sin) if yarn is None else Rotation(cos * yarn.scale, sin * yarn.scale)
+
+
+def rotate(x_BTxH: jax.Array, by: Rotation) -> jax.Array:
+  """Rotary position embedding; halves rotate against each other, as Hugging Face's rotate_half."""
   x1, x2 = jnp.split(x_BTxH.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BTxH.dtype)
+  turned = [x1 * by.cos - x2 * by.sin, x2 * by.cos + x1 * by.sin]
+  return jnp.concatenate(turned, axis=-1).astype(x_BTxH.dtype)
+
+
+def rope(
+  x_BTxH: jax.Array, positions_BT: jax.Array, theta: float, yarn: Yarn | None = None
+) -> jax.Array:
+  """`rotate` by the angles of the positions."""
+  return rotate(x_BTxH, rotation(positions_BT, x_BTxH.shape[-1], theta, yarn))
+
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """silu(gate) x up. The backward pass has the two arguments alone, no part of the sigmoid."""
+  return jax.nn.silu(gate) * up
+
+
+def _swiglu_fwd(gate, up):
+  return jax.nn.silu(gate) * up, (gate, up)
+
+
+def _swiglu_bwd(saved, d_y):
+  gate, up = saved
+  share = jax.nn.sigmoid(gate)
+  d_gate = d_y * up * (share * (1 + gate * (1 - share)))
+  return d_gate.astype(gate.dtype), (d_y * (gate * share)).astype(up.dtype)
+
+
+swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 def masked_attention(
@@ -159,32 +201,41 @@ class Block(nn.Module):
 
   config: QwenConfig
   layer: int
+  halves: tuple[str, ...] = ("attention", "mlp")  # which of the two are applied
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, attend: Attend, cache, adapter_B):
-    c, dtype = self.config, jnp.dtype(self.config.dtype)
+  def __call__(self, x_BTD, by: Rotation, attend: Attend, cache, adapter_B):
+    if "attention" in self.halves:
+      x_BTD, cache = self._attention(x_BTD, by, attend, cache, adapter_B)
+    return self._mlp(x_BTD, adapter_B) if "mlp" in self.halves else x_BTD, cache
+
+  def _linear(self, name: str, features: int, bias: bool = False) -> Linear:
+    return Linear(features, bias, jnp.dtype(self.config.dtype), name=name)
+
+  def _norm(self, name: str) -> RMSNorm:
+    return RMSNorm(self.config.rms_norm_eps, jnp.dtype(self.config.dtype), name=name)
+
+  def _attention(self, x_BTD, by, attend, cache, adapter_B):
+    c = self.config
     n, k, h = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     b, t, _ = x_BTD.shape
-
-    def linear(name, features, bias=False):
-      return Linear(features, bias, dtype, name=name)
-
-    y = RMSNorm(c.rms_norm_eps, dtype, name="input_layernorm")(x_BTD)
-    q = linear("q_proj", n * h, c.qkv_bias)(y, adapter_B).reshape(b, t, n, h)
-    key = linear("k_proj", k * h, c.qkv_bias)(y, adapter_B).reshape(b, t, k, h)
-    v = linear("v_proj", k * h, c.qkv_bias)(y, adapter_B).reshape(b, t, k, h)
+    y = self._norm("input_layernorm")(x_BTD)
+    q = self._linear("q_proj", n * h, c.qkv_bias)(y, adapter_B).reshape(b, t, n, h)
+    key = self._linear("k_proj", k * h, c.qkv_bias)(y, adapter_B).reshape(b, t, k, h)
+    v = self._linear("v_proj", k * h, c.qkv_bias)(y, adapter_B).reshape(b, t, k, h)
     if c.qk_norm:
-      q = RMSNorm(c.rms_norm_eps, dtype, name="q_norm")(q)
-      key = RMSNorm(c.rms_norm_eps, dtype, name="k_norm")(key)
-    q, key = (rope(x, positions_BT, c.rope_theta, c.yarn) for x in (q, key))
+      q, key = self._norm("q_norm")(q), self._norm("k_norm")(key)
+    q, key = rotate(q, by), rotate(key, by)
     out, cache = attend(self.layer, q, key, v, cache)
-    x_BTD = x_BTD + linear("o_proj", c.hidden_size)(out.reshape(b, t, n * h), adapter_B)
+    out = self._linear("o_proj", c.hidden_size)(out.reshape(b, t, n * h), adapter_B)
+    return x_BTD + out, cache
 
-    y = RMSNorm(c.rms_norm_eps, dtype, name="post_attention_layernorm")(x_BTD)
-    gate = linear("gate_proj", c.intermediate_size)(y, adapter_B)
-    up = linear("up_proj", c.intermediate_size)(y, adapter_B)
-    x_BTD = x_BTD + linear("down_proj", c.hidden_size)(nn.silu(gate) * up, adapter_B)
-    return x_BTD, cache
+  def _mlp(self, x_BTD, adapter_B):
+    c = self.config
+    y = self._norm("post_attention_layernorm")(x_BTD)
+    gate = self._linear("gate_proj", c.intermediate_size)(y, adapter_B)
+    up = self._linear("up_proj", c.intermediate_size)(y, adapter_B)
+    return x_BTD + self._linear("down_proj", c.hidden_size)(swiglu(gate, up), adapter_B)
 
 
 class Qwen(nn.Module):
@@ -195,7 +246,7 @@ class Qwen(nn.Module):
   """
 
   config: QwenConfig
-  remat: bool = False  # recompute each layer in the backward pass
+  remat: bool | str = False  # what the backward pass computes again (awf.remat)
 
   @nn.compact
   def __call__(
@@ -224,10 +275,14 @@ class Qwen(nn.Module):
     x = Embed(c.vocab_size, c.hidden_size, dtype, name="embed")(tokens_BT)
     if not c.tie_word_embeddings:
       _HeadWeights(c.vocab_size, name="lm_head")(c.hidden_size)
-    block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+    block = remat_wrapper(self.remat, nn.remat)(Block, static_argnums=(3,))
+    # Behind a barrier: else XLA computes the sines again beside each of their uses.
+    by = Rotation(
+      *jax.lax.optimization_barrier(rotation(positions_BT, c.head_dim, c.rope_theta, c.yarn))
+    )
     new = []
     for l in range(c.num_hidden_layers):  # noqa: E741  (L is the layer axis)
-      x, cache = block(c, l, name=f"layers_{l}")(x, positions_BT, attend, caches[l], adapter_B)
+      x, cache = block(c, l, name=f"layers_{l}")(x, by, attend, caches[l], adapter_B)
       new.append(cache)
     return RMSNorm(c.rms_norm_eps, dtype, name="norm")(x), tuple(new)
 

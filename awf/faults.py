@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from awf.remat import remat_name
+
 # A full disk, a quota, a limit on file sizes, a disk that went read-only.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _MEMORY_MARKS = ("RESOURCE_EXHAUSTED", "Out of memory")  # XLA's, on every backend

@@ -41,6 +41,8 @@ def count_program(
     "greedy": config.sampler.temperature <= 0 or config.executor.temperature <= 0,
   }
 
+  taken["special"] = any(taken.values())  # the branch around those three
+
   def is_taken(op_name: str) -> bool | None:
     return next((v for k, v in taken.items() if f"/{k}/" in op_name), None)
 

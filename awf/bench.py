@@ -79,6 +79,8 @@ def bench_sampler(config: ConfigDict) -> dict[str, Any]:
     context=context,
     prefill_rows=min(sampler.prefill_rows, bench.batch // bench.group),
     steps_per_dispatch=sampler.steps_per_dispatch,
+    max_new_tokens=bench.new,
+    prompt_bytes=int(sampler.prompt_cache_gb * 2**30),
     strict=sampler.strict,
     mesh=_placement(mesh),
   )

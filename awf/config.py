@@ -84,6 +84,7 @@ RULES: dict[str, Rule] = {
   "sampler.context": at_least(16),
   "sampler.prefill_rows": at_least(1),
   "sampler.steps_per_dispatch": at_least(1),
+  "sampler.prompt_cache_gb": at_least(0),
   "executor.concurrency": at_least(1),
   "task.name": Rule(
     lambda v: ":" not in v or is_object_name(v), "a data set's name, or package.module:Class"
@@ -144,6 +145,7 @@ RULES: dict[str, Rule] = {
   "train.checkpoint_every": at_least(1),
   "train.keep_checkpoints": at_least(1),
   "train.minutes": at_least(0),
+  "train.nonfinite_limit": at_least(1),
   "eval.samples": at_least(1),
   "eval.pass_k": Rule(lambda v: bool(v) and all(k >= 1 for k in v), "positive integers"),
   "eval.problems": at_least(0),
@@ -213,6 +215,11 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
       raise UserError(
         f"config.{name} = {text!r}: no such file; set --config.{name} to one that exists"
       )
+
+
+def longest_completion(config: ConfigDict) -> int:
+  """Most new tokens that any request of this config asks for."""
+  return max(config.sampler.max_new_tokens, config.executor.max_new_tokens)
 
 
 def _check_combinations(config: ConfigDict) -> None:

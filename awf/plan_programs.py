@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from awf.config import longest_completion
 from awf.config_io import find_path
 from awf.grpo.batch import Batch
 from awf.grpo.config import GRPOConfig, OptimConfig
@@ -36,7 +37,7 @@ from awf.qwen.quant import QuantConfig
 from awf.runtime_setup import cache_dir
 from awf.sampler.cache import init_cache
 from awf.sampler.decode import Shapes, compile_dispatch, empty_work
-from awf.sampler.engine import cache_sharding, make_shapes
+from awf.sampler.engine import cache_shardings, make_shapes
 from awf.sharding import abstract, make_mesh, replicated, tree_shardings
 from awf.types import Rollout, UserError
 
@@ -152,15 +153,13 @@ def make_setup(config: ConfigDict, target: Target, layers: int = 0) -> Setup:
   whole = model_config(config, compute)  # its depth decides how many prompts the pool holds
   shapes = make_shapes(
     whole, sampler.rows, sampler.context, sampler.prefill_rows, sampler.steps_per_dispatch,
-    target.platform,
+    target.platform, longest_completion(config), int(sampler.prompt_cache_gb * 2**30),
   )  # fmt: skip
   key = jax.random.key(0)
   stacked = jax.eval_shape(lambda: stack_adapters([init_lora(model, lora_config, key)]))
   stacked = abstract(stacked, tree_shardings(stacked, mesh))
-  cache = jax.eval_shape(
-    lambda: init_cache(model, shapes.rows + shapes.pool + 1, shapes.chunks, shapes.chunk)
-  )
-  cache = abstract(cache, jax.tree.map(lambda _: cache_sharding(model, mesh), cache))
+  cache = jax.eval_shape(lambda: init_cache(model, shapes.cache))
+  cache = abstract(cache, cache_shardings(model, mesh))
   work = empty_work(shapes)
   work = abstract(work, jax.tree.map(lambda _: replicated(mesh), work))
   trainer = GRPOTrainer(

@@ -64,6 +64,7 @@ def base_config() -> ConfigDict:
       context=2048,  # prompt + completion, tokens
       prefill_rows=8,
       steps_per_dispatch=16,
+      prompt_cache_gb=0.0,  # keys and values of prompts; 0 = what all rows need, at most 1.5
       strict=True,  # one row shape, bit-equal rows whatever their neighbours
     )
   )
@@ -184,6 +185,7 @@ def base_config() -> ConfigDict:
       checkpoint_every=1,  # rounds
       keep_checkpoints=2,
       minutes=0.0,  # wall-time limit; 0 = none
+      nonfinite_limit=3,  # rounds in a row whose loss or gradient is no number; then the run stops
     )
   )
   c.eval = ConfigDict(

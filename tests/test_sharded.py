@@ -19,7 +19,7 @@ from awf.qwen.model import Qwen, head, head_kernel
 from awf.qwen.quant import QuantConfig, quantise
 from awf.sampler.cache import init_cache
 from awf.sampler.decode import compile_dispatch, empty_work
-from awf.sampler.engine import make_shapes
+from awf.sampler.engine import cache_shardings, make_shapes
 from awf.sharding import make_mesh, tree_shardings
 
 KIND = LoRAConfig(3, 6.0)
@@ -177,14 +177,12 @@ def test_the_sampler_in_tensor_mode_moves_no_base_matrix(name):
   params, _, _ = world(name)
   mesh = make_mesh(1, 1, 2, devices=jax.devices()[:2])
   shapes = make_shapes(config, 4, 128, 2, 4)
-  spec = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
-  rows = shapes.rows + shapes.pool + 1
-  cache = jax.eval_shape(lambda: init_cache(config, rows, shapes.chunks, shapes.chunk))
+  cache = jax.eval_shape(lambda: init_cache(config, shapes.cache))
   place = functools.partial(
     jax.tree.map, lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   )
   placed = place(params, tree_shardings(params, mesh))
-  cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec), cache)
+  cache = place(cache, cache_shardings(config, mesh))
   step = compile_dispatch(config, shapes).lower(placed, None, cache, empty_work(shapes)).compile()
   text = step.as_text()
   assert MOVES.search(text)

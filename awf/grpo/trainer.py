@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from awf.grpo.config import (
   make_optimizer,
 )
 from awf.grpo.critic import init_critic
+from awf.grpo.guard import keep_if, mean_of_sound
 from awf.grpo.loss import HEAD_CHUNK, head_loss
 from awf.grpo.objective import (
   Sampling,
@@ -179,17 +181,20 @@ class GRPOTrainer:
     and averaged over the steps.
 
     Returns:
-      Metrics by the names of the metrics files. `skipped` is 1 when no row has a gradient: the
-      state is unchanged then, and only the reward and length metrics are there.
+      Metrics by the names of the metrics files. `skipped` is 1 when no row has a gradient, or no
+      step a finite loss and gradient (`nonfinite_steps` counts those): the state is unchanged then,
+      and the metrics of the steps are left out.
     """
     grpo = self.grpo
     work = Work(rollouts, Layout(rollouts))
     reward_B, _ = shaped_rewards(rollouts, grpo)
     metrics = rollout_metrics(rollouts, grpo)
+    if any(math.isinf(r.reward) for r in rollouts):  # NaN is a row without a reward, this is none
+      return metrics | {"skipped": 1.0, "nonfinite_steps": float(grpo.steps_per_batch)}
     self._look_ahead(work, reward_B)
     plan = make_plan(rollouts, work.layout, grpo, reward_B, work.kl_n, work.value_n)
     if not plan.rows:
-      return metrics | {"skipped": 1.0}
+      return metrics | {"skipped": 1.0, "nonfinite_steps": 0.0}
     work.batch = self._batch(rollouts, plan.rows)
     work.placed = self._place(work.batch)
     work.data = self._data(work, plan)
@@ -210,10 +215,10 @@ class GRPOTrainer:
         of_step |= self._train_value_head(work, plan.return_n)
       steps.append(of_step)
     steps = jax.device_get(steps)
-    metrics |= {k: float(np.mean([s[k] for s in steps])) for k in steps[0]}
+    metrics |= mean_of_sound(steps)
     if work.kl_n is not None:
       metrics["kl"] = float(work.kl_n[work.layout.is_in(work.batch)].mean())
-    return metrics | self._sampling_metrics(work) | {"skipped": 0.0}
+    return metrics | self._sampling_metrics(work)
 
   def _scalars(self, has_old: bool, total: float) -> dict[str, Any]:
     coef = np.float32(self.grpo.entropy_coef)
@@ -289,6 +294,16 @@ class GRPOTrainer:
         data["importance"] = self._importance(*args)
       weight = out_of(np.asarray(data["importance"]))[keep]
     return sampling_metrics(old_logp, sampler_logp, weight)
+
+  @property
+  def room(self) -> tuple[int, int]:
+    """Tokens per bin and steps of a batch's arrays: they grow, and packing decides the order of
+    sums, so that a resumed run needs what the interrupted one had."""
+    return self._size, self._num_steps
+
+  @room.setter
+  def room(self, sizes: tuple[int, int]) -> None:
+    self._size, self._num_steps = sizes
 
   def logprobs(self, rollouts: Sequence[Rollout], is_base: bool = False) -> list[np.ndarray]:
     """Log-probability of each completion token under the present policy (or the base), float32."""
@@ -417,7 +432,10 @@ class GRPOTrainer:
     if self.grpo.is_entropy_adaptive:
       metrics["entropy_coef"] = extra["entropy"][0]
       extra["entropy"] = adapt_entropy_coef(extra["entropy"], metrics["entropy"], self.grpo)
-    return TrainState(lora, opt_state, state.step + 1, key, extra), aux, metrics
+    is_sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    metrics["nonfinite_steps"] = jnp.where(is_sound, 0.0, 1.0)
+    new = TrainState(lora, opt_state, state.step + 1, key, extra)
+    return keep_if(is_sound, new, state), aux, metrics
 
   def _objective_metrics(
     self, aux: Any, entropy_ZBU: jax.Array, batch: Batch[jax.Array], data: Any, scalars: Any

@@ -214,6 +214,9 @@ class MCTSOptimizer:
       return
     if self.workspace.is_foreign():
       self._adopt()
+    elif not self._state.events:
+      events = tuple(self.workspace.adopted())
+      self._state = SearchState(events, replay(events))
     self.workspace.prepare(self._state.events, self.tree)
     self._prepared = True
 

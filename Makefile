@@ -5,13 +5,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 TESTS ?= tests
+KILLS ?= 25
+SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint types clean
+.PHONY: help run test test-kill check lint types clean
 
 help:
 	@echo "make run     the quickstart: launch.py --config=configs/quickstart.py (ARGS=... adds flags)"
 	@echo "make test    all tests (TESTS=tests/test_cli.py for some)"
+	@echo "make test-kill  a real run killed KILLS=25 times, and inside a save; SEED=0 chooses where"
 	@echo "make check   ruff format, ruff lint, pyright, tests"
 	@echo "make clean   removes $(VENV) and caches; runs/ stays"
 
@@ -20,6 +23,10 @@ run: $(VENV)/.stamp-run
 
 test: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+test-kill: $(VENV)/.stamp-dev
+	$(BIN)/python tests/save_crashes.py
+	$(BIN)/python tests/kill_run.py --kills=$(KILLS) --seed=$(SEED)
 
 check: lint types test
 

@@ -1,8 +1,9 @@
 """The command line: `python launch.py --config=configs/NAME.py [--workdir=DIR] [--mode=MODE]`.
 
 Progress goes to stderr; the last line of stdout is one JSON object. Exit codes: 0 success, 1 a
-fault of the program (traceback on stderr), 2 a mistake of the user (one line), 130 or 143
-interrupted.
+fault of the program (traceback on stderr), 2 a mistake of the user or a machine that is too small
+(one line). SIGTERM (a pre-empted machine) in a mode that resumes: its state is kept, 0; elsewhere
+143. Ctrl-C: the state is kept too, 130.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 
 from awf import cli
 from awf.config_io import resolve_paths
+from awf.faults import explain
+from awf.interrupt import Interrupted
 from awf.types import UserError
 from awf.workdir import Workdir
 
@@ -53,9 +56,8 @@ def main(argv: Sequence[str]) -> int:
     return 2
   except _Fault:
     return 1
-  except KeyboardInterrupt as e:
-    _say_interrupted(command, argv)
-    return 143 if isinstance(e, _Terminated) else 130
+  except (Interrupted, KeyboardInterrupt) as e:
+    return _end_interrupted(e, command, argv)
 
 
 def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
@@ -75,7 +77,14 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
     except UserError:
       workdir.discard()
       raise
-    except Exception:
+    except Interrupted:
+      raise
+    except Exception as e:
+      reason = explain(e, config, _plan_command(argv))
+      if reason is not None:
+        log.error("%s: %s", type(e).__name__, " ".join(str(e).split())[:400])
+        workdir.discard()
+        raise UserError(reason) from e
       log.exception("%s failed", command.mode)  # run.log keeps the traceback
       raise _Fault from None
     result.setdefault("mode", command.mode)
@@ -121,12 +130,32 @@ def _command_line(argv: Sequence[str]) -> str:
   return shlex.join(["python", "launch.py", *argv])
 
 
-def _say_interrupted(command: cli.Command | None, argv: Sequence[str]) -> None:
-  """One line: what happened and how to go on."""
-  text = "interrupted"
-  if command is not None and cli.MODES[command.mode].owns_workdir:
-    text += f"; {command.workdir} keeps what was done, resume with: {_command_line(argv)}"
-  print(text, file=sys.stderr, flush=True)
+def _plan_command(argv: Sequence[str]) -> str:
+  """The same config in mode plan, for the machine at hand."""
+  rest = [x for x in argv if not x.startswith(("--mode", "--workdir", "--input", "--output"))]
+  return _command_line([*rest, "--mode=plan", "--config.plan.target=local"])
+
+
+def _end_interrupted(
+  error: Interrupted | KeyboardInterrupt, command: cli.Command | None, argv: Sequence[str]
+) -> int:
+  """Says what happened and how to go on; returns the exit code.
+
+  A run whose state is kept ends well after SIGTERM, which is how machines are taken back.
+  """
+  figures = error.figures if isinstance(error, Interrupted) else {}
+  is_term = isinstance(error, _Terminated) or figures.get("signal") == "SIGTERM"
+  if command is None or not cli.MODES[command.mode].owns_workdir:
+    print("interrupted", file=sys.stderr, flush=True)
+    return 143 if is_term else 130
+  print(
+    f"interrupted; {command.workdir} keeps what was done, resume with: {_command_line(argv)}",
+    file=sys.stderr,
+    flush=True,
+  )
+  facts = {"interrupted": True, "mode": command.mode, "workdir": str(command.workdir)}
+  print(cli.json_line({**figures, **facts}), flush=True)
+  return 0 if is_term else 130
 
 
 if __name__ == "__main__":

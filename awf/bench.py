@@ -79,6 +79,8 @@ def bench_sampler(config: ConfigDict) -> dict[str, Any]:
     context=context,
     prefill_rows=min(sampler.prefill_rows, bench.batch // bench.group),
     steps_per_dispatch=sampler.steps_per_dispatch,
+    max_new_tokens=bench.new,
+    prompt_bytes=int(sampler.prompt_cache_gb * 2**30),
     strict=sampler.strict,
     mesh=_placement(mesh),
   )
@@ -160,7 +162,7 @@ def bench_update(config: ConfigDict) -> dict[str, Any]:
     )
   lora_config = LoRAConfig.from_config(config.lora)
   key_lora, key = jax.random.split(jax.random.key(config.seed))
-  grpo = dataclasses.replace(GRPOConfig.from_config(config.grpo), group_size=group)
+  grpo = dataclasses.replace(GRPOConfig.from_config(config.grpo, bench.new), group_size=group)
   trainer = GRPOTrainer(
     model_config,
     params,

@@ -2,7 +2,13 @@
 
 A checkpoint holds the state's arrays, a JSON dict of the caller, and a description: path, shape and
 dtype of each array, and the hash of the base model, which is not stored. The last file written is a
-manifest with a digest of every other; a checkpoint counts when its files agree with it.
+manifest with a digest of every other; a checkpoint counts when its files agree with it. Nothing is
+deleted before what takes its place is complete, so from the first save on there is a sound one at
+every instant:
+
+N/           checkpoint N: orbax's files, then manifest.json
+N.replaced/  what N was, while N is saved anew
+N.dropped/   on its way out
 """
 
 from __future__ import annotations
@@ -11,20 +17,28 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from awf.faults import disk_fault
 from awf.types import UserError
 
 _MANIFEST = "manifest.json"
+_REPLACED, _DROPPED = ".replaced", ".dropped"
+T = TypeVar("T")
 
 # What orbax and tensorstore raise on missing, truncated or altered files.
 _BROKEN = (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError)
+
+log = logging.getLogger("awf")
 
 
 class BrokenCheckpointError(ValueError):
@@ -43,19 +57,26 @@ class Checkpointer:
   def __init__(self, directory: str | Path, keep: int = 2, base_hash: str = ""):
     if keep < 1:
       raise UserError(f"config.train.keep_checkpoints: expected at least 1, got {keep}")
-    self.directory, self._base_hash = Path(directory).resolve(), base_hash
+    self.directory, self._base_hash, self._keep = Path(directory).resolve(), base_hash, keep
+    self._damaged: set[int] = set()  # found so while restoring
+    # Nothing is deleted by orbax: it would go before the new one's manifest is there.
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=True, enable_async_checkpointing=False
+      max_to_keep=None, create=True, enable_async_checkpointing=False
     )
     self._manager = ocp.CheckpointManager(self.directory, options=options)
+    handler = ocp.CompositeCheckpointHandler(
+      state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
+    )
+    self._reader = ocp.Checkpointer(handler)
 
   def steps(self) -> list[int]:
-    """Steps that have a complete folder, ascending."""
-    self._manager.reload()
-    return sorted(self._manager.all_steps())
+    """Steps that have a folder, ascending."""
+    return sorted({step for step, _ in self._folders()})
 
   def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> None:
     """Writes a checkpoint, in full or not at all; an earlier one of that step is replaced.
+
+    Older ones beyond `keep` go once this one is complete, and so do damaged ones.
 
     Args:
       step: 0 or more; the highest is the newest.
@@ -64,6 +85,7 @@ class Checkpointer:
 
     Raises:
       TypeError: `extra` is not JSON-able.
+      UserError: the disk is full, or cannot be written; earlier checkpoints are as they were.
     """
     arrays = _arrays(state)
     meta = {
@@ -71,16 +93,29 @@ class Checkpointer:
       "layout": _layout(arrays),
       "base_hash": self._base_hash,
     }
-    if step in self.steps():
-      self._manager.delete(step)
+    is_writer = jax.process_index() == 0
+    if is_writer:
+      self._sweep()
+      self._set_aside(step)
+    self._manager.reload()
     items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
-    self._manager.save(step, args=items, force=True)
-    self._manager.wait_until_finished()
-    if jax.process_index() == 0:
-      folder = self.directory / str(step)
-      draft = self.directory / f"{_MANIFEST}.{step}"
-      draft.write_text(json.dumps(_digests(folder), indent=1))
-      os.replace(draft, folder / _MANIFEST)
+    try:
+      self._manager.save(step, args=items, force=True)
+      self._manager.wait_until_finished()
+      if is_writer:
+        _seal(self.directory / str(step))
+    except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
+      reason = disk_fault(error)
+      if reason is None:
+        raise
+      self._sweep()
+      self._manager.reload()
+      raise UserError(
+        f"checkpoint {step} could not be written in {self.directory}: {reason}; earlier ones are "
+        f"intact ({self.steps()}): make room, then run the same command to go on"
+      ) from error
+    if is_writer:
+      self._retain(step)
 
   def restore(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
     """Reads the newest sound checkpoint; a damaged one is logged and the one before it is tried.
@@ -95,21 +130,7 @@ class Checkpointer:
     Raises:
       UserError: it belongs to another base or another structure, or all checkpoints are damaged.
     """
-    steps = self.steps()
-    for step in reversed(steps):
-      try:
-        return self._restore_step(step, template)
-      except UserError:
-        raise
-      except _BROKEN as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        logging.warning("checkpoint %d in %s is damaged: %s", step, self.directory, reason[0][:300])
-    if steps:
-      raise UserError(
-        f"{self.directory}: expected a sound checkpoint among {steps}, all are damaged; "
-        "restore a backup or choose another --workdir"
-      )
-    return None
+    return self._newest(lambda folder, step: self._restore_from(folder, step, template))
 
   def arrays(self, prefixes: tuple[str, ...]) -> tuple[int, dict[str, np.ndarray]] | None:
     """Some arrays of the newest sound checkpoint, without its state's structure.
@@ -123,41 +144,112 @@ class Checkpointer:
     Raises:
       UserError: all checkpoints are damaged.
     """
-    for step in reversed(self.steps()):
-      folder = self.directory / str(step)
-      try:
-        if json.loads((folder / _MANIFEST).read_text()) != _digests(folder):
-          raise BrokenCheckpointError("its files are not those that were written")
-        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        layout = self._manager.restore(step, args=items)["meta"]["layout"]
-        empty = {name: np.empty(shape, kind) for name, (shape, kind) in layout.items()}
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(empty))
-        found = self._manager.restore(step, args=items)["state"]
-      except _BROKEN as error:
-        logging.warning("checkpoint %d in %s is damaged: %s", step, self.directory, error)
-        continue
+
+    def read(folder: Path, step: int) -> tuple[int, dict[str, np.ndarray]]:
+      layout = self._read(folder, meta=ocp.args.JsonRestore())["layout"]
+      empty = {name: np.empty(shape, kind) for name, (shape, kind) in layout.items()}
+      found = self._read(folder, state=ocp.args.StandardRestore(empty))
       return step, {name: x for name, x in found.items() if name.startswith(prefixes)}
-    if self.steps():
-      raise UserError(
-        f"{self.directory}: expected a sound checkpoint among {self.steps()}, all are damaged"
-      )
-    return None
+
+    return self._newest(read)
 
   def close(self) -> None:
     """Frees the manager's threads."""
     self._manager.close()
+    self._reader.close()
 
-  def _restore_step(self, step: int, template: Any) -> tuple[int, Any, dict[str, Any]]:
-    # Checked before orbax reads: a read that fails half-way leaves others behind.
-    folder = self.directory / str(step)
-    if json.loads((folder / _MANIFEST).read_text()) != _digests(folder):
-      raise BrokenCheckpointError("its files are not those that were written")
-    meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+  def _folders(self) -> list[tuple[int, Path]]:
+    """(step, folder) of all that may hold a checkpoint, newest first; N before N.replaced."""
+    pattern = re.compile(rf"(\d+)({re.escape(_REPLACED)})?")
+    found = [(pattern.fullmatch(p.name), p) for p in self.directory.iterdir() if p.is_dir()]
+    rows = [(int(m.group(1)), m.group(2) is None, p) for m, p in found if m]
+    return [(step, path) for step, _, path in sorted(rows, key=lambda x: x[:2], reverse=True)]
+
+  def _newest(self, read: Callable[[Path, int], T]) -> T | None:
+    """What `read` gives of the newest sound checkpoint; those passed over are named in a warning.
+
+    None when no save was ever completed: the manifest is written before an older one goes.
+    """
+    passed: list[str] = []
+    damaged = False
+    for step, folder in self._folders():
+      if not (folder / _MANIFEST).is_file():
+        passed.append(f"checkpoint {step} was never completed")
+        self._damaged.add(step)
+        continue
+      try:
+        # Checked before orbax reads: a read that fails half-way leaves others behind.
+        if json.loads((folder / _MANIFEST).read_text()) != _digests(folder):
+          raise BrokenCheckpointError("its files are not those that were written")
+        found = read(folder, step)
+      except UserError:
+        raise
+      except _BROKEN as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        passed.append(f"checkpoint {step} is damaged ({reason[0][:300]})")
+        self._damaged.add(step)
+        damaged = True
+        continue
+      self._damaged.discard(step)
+      if passed:
+        log.warning("%s: %s; checkpoint %d is used", self.directory, "; ".join(passed), step)
+      return found
+    if damaged:
+      raise UserError(
+        f"{self.directory}: expected a sound checkpoint among {self.steps()}, all are damaged; "
+        "restore a backup or choose another --workdir"
+      )
+    if passed:
+      log.warning("%s: %s; there is none before it", self.directory, "; ".join(passed))
+    return None
+
+  def _read(self, folder: Path, **items: Any) -> Any:
+    """One item of a checkpoint."""
+    (name,) = items
+    return self._reader.restore(folder, args=ocp.args.Composite(**items))[name]
+
+  def _restore_from(
+    self, folder: Path, step: int, template: Any
+  ) -> tuple[int, Any, dict[str, Any]]:
+    meta = self._read(folder, meta=ocp.args.JsonRestore())
     self._check(step, meta, _layout(_arrays(template)))
     abstract = {name: _abstract(leaf) for name, leaf in _arrays(template).items()}
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    arrays = self._manager.restore(step, args=items)["state"]
+    arrays = self._read(folder, state=ocp.args.StandardRestore(abstract))
     return step, _rebuild(template, arrays), meta["extra"]
+
+  def _set_aside(self, step: int) -> None:
+    """Makes room for a save of `step`; what is sound there stays readable until it is complete."""
+    folder = self.directory / str(step)
+    if not folder.exists():
+      return
+    if step in self._damaged or not (folder / _MANIFEST).is_file():
+      _drop(folder)
+    else:
+      folder.rename(folder.with_name(folder.name + _REPLACED))
+
+  def _retain(self, step: int) -> None:
+    """Drops what `step`, now complete, makes superfluous."""
+    self._damaged.discard(step)
+    others = [s for s in self.steps() if s != step and s not in self._damaged]
+    kept = {step, *sorted(others)[max(0, len(others) - self._keep + 1) :]}
+    for old, folder in self._folders():
+      if old not in kept or folder.name.endswith(_REPLACED):
+        _drop(folder)
+    self._manager.reload()
+
+  def _sweep(self) -> None:
+    """Removes what an interrupted save or deletion has left."""
+    for path in self.directory.iterdir():
+      if path.name.endswith(_DROPPED) or ".orbax-checkpoint-tmp" in path.name:
+        shutil.rmtree(path)
+      elif path.name.endswith(_REPLACED):
+        whole = path.with_name(path.name.removesuffix(_REPLACED))
+        if (whole / _MANIFEST).is_file():
+          _drop(path)
+        else:
+          if whole.exists():
+            _drop(whole)
+          path.rename(whole)
 
   def _check(self, step: int, meta: dict[str, Any], expected: dict[str, list]) -> None:
     saved = meta["base_hash"]
@@ -179,6 +271,32 @@ class Checkpointer:
         f"differ, first {name}: expected {expected.get(name)}, got {meta['layout'].get(name)}; "
         "change config.lora or --workdir"
       )
+
+
+def _seal(folder: Path) -> None:
+  """Writes the manifest, after everything that it describes is on the disk."""
+  for path in folder.rglob("*"):
+    if path.is_file():
+      _flush(path)
+  draft = folder / f".{_MANIFEST}"
+  draft.write_text(json.dumps(_digests(folder), indent=1))
+  _flush(draft)
+  os.replace(draft, folder / _MANIFEST)
+
+
+def _flush(path: Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _drop(folder: Path) -> None:
+  """Deletes a folder; interrupted, it leaves nothing that looks like a checkpoint."""
+  doomed = folder.with_name(folder.name + _DROPPED)
+  folder.rename(doomed)
+  shutil.rmtree(doomed)
 
 
 def _is_key(leaf: Any) -> bool:
@@ -205,7 +323,7 @@ def _digests(folder: Path) -> dict[str, str]:
   digests = {}
   for path in sorted(p for p in folder.rglob("*") if p.is_file()):
     name = path.relative_to(folder).as_posix()
-    if name != _MANIFEST:
+    if name not in (_MANIFEST, f".{_MANIFEST}"):
       with path.open("rb") as file:
         digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
   return digests

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from awf import grpo_config
 from awf.chips import TARGETS
 from awf.config_io import PATH_FIELDS, find_path, flatten, get_field, is_object_name
 from awf.types import UserError
@@ -83,6 +84,7 @@ RULES: dict[str, Rule] = {
   "sampler.context": at_least(16),
   "sampler.prefill_rows": at_least(1),
   "sampler.steps_per_dispatch": at_least(1),
+  "sampler.prompt_cache_gb": at_least(0),
   "executor.concurrency": at_least(1),
   "task.name": Rule(
     lambda v: ":" not in v or is_object_name(v), "a data set's name, or package.module:Class"
@@ -114,12 +116,16 @@ RULES: dict[str, Rule] = {
   "search.start_share": _SHARE,
   "search.driver": one_of("awf"),
   "grpo.group_size": at_least(2),
-  "grpo.advantage": one_of("grpo", "dr_grpo"),
+  "grpo.advantage": one_of(*grpo_config.ADVANTAGES),
+  "grpo.loss": one_of(*grpo_config.LOSSES),
+  "grpo.kl": one_of(*grpo_config.KL_ESTIMATES),
+  "grpo.kl_in": one_of(*grpo_config.KL_PLACES),
+  "grpo.importance": one_of(*grpo_config.IMPORTANCE),
   "grpo.std_eps": above(0),
   "grpo.clip_low": between(0, 1),
   "grpo.clip_high": at_least(0),
   "grpo.beta": at_least(0),
-  "grpo.aggregation": one_of("token_mean"),
+  "grpo.aggregation": one_of(*grpo_config.AGGREGATIONS),
   "grpo.steps_per_batch": at_least(1),
   "grpo.micro_batch": at_least(1),
   "grpo.vocab_chunk": at_least(1),
@@ -132,12 +138,14 @@ RULES: dict[str, Rule] = {
   "optim.b2": Rule(lambda v: 0 <= v < 1, "a number in [0, 1)"),
   "optim.eps": above(0),
   "optim.grad_clip": at_least(0),
+  "optim.critic_learning_rate": at_least(0),
   "train.epochs": at_least(1),
   "train.episodes": at_least(1),
   "train.problems": at_least(0),
   "train.checkpoint_every": at_least(1),
   "train.keep_checkpoints": at_least(1),
   "train.minutes": at_least(0),
+  "train.nonfinite_limit": at_least(1),
   "eval.samples": at_least(1),
   "eval.pass_k": Rule(lambda v: bool(v) and all(k >= 1 for k in v), "positive integers"),
   "eval.problems": at_least(0),
@@ -209,9 +217,15 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
       )
 
 
+def longest_completion(config: ConfigDict) -> int:
+  """Most new tokens that any request of this config asks for."""
+  return max(config.sampler.max_new_tokens, config.executor.max_new_tokens)
+
+
 def _check_combinations(config: ConfigDict) -> None:
   """Values that are fine alone and wrong together."""
   c = config
+  grpo_config.GRPOConfig.from_config(c.grpo, c.sampler.max_new_tokens)
   for field in ("sampler.max_new_tokens", "executor.max_new_tokens"):
     if get_field(c, field) >= c.sampler.context:
       raise UserError(

@@ -150,9 +150,9 @@ def resolve_paths(config: ConfigDict) -> ConfigDict:
   return out
 
 
-def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
   """`{"a.b": value}` for every leaf field."""
-  return dict(_leaves(config, prefix))
+  return dict(_leaves(config, ""))
 
 
 def _leaves(config: Mapping[str, Any] | ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:

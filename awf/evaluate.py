@@ -57,7 +57,7 @@ def run_eval(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     "contenders": figures,
     "problems": len(problems),
     "samples": config.eval.samples,
-    "llm_calls": totals.get("calls", 0),
+    "llm_calls": totals.get("llm_calls", 0),
     "wall_seconds": round(time.perf_counter() - start, 1),
   }
   (workdir / "eval.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -9,7 +10,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from awf.config_io import load_object
@@ -51,6 +52,11 @@ class MetricsLogger:
   def rows(self) -> list[dict[str, Any]]:
     """All result rows, oldest first."""
     return [dict(row) for row in self._rows]
+
+  @property
+  def position(self) -> int:
+    """Number of result rows written; belongs into a checkpoint, for `truncate`."""
+    return len(self._rows)
 
   def log(
     self,
@@ -101,16 +107,17 @@ class MetricsLogger:
     self.log(step, means, epoch=epoch, level="epoch")
     return means
 
-  def truncate(self, step: int) -> int:
-    """Drops rows past a checkpoint's step, so that a resumed run writes them again.
+  def truncate(self, step: int, rows: int | None = None) -> int:
+    """Drops rows past a checkpoint, so that a resumed run writes them again.
 
     Args:
       step: last step that the checkpoint covers; -1 drops everything.
+      rows: number of result rows that it covers; a step may have a batch's row and an epoch's.
 
     Returns:
       Number of result rows dropped.
     """
-    kept = [row for row in self._rows if row["step"] <= step]
+    kept = [row for row in self._rows if row["step"] <= step][:rows]
     dropped = len(self._rows) - len(kept)
     self._rows = kept
     write_atomic(self._results, _lines(kept))
@@ -248,7 +255,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 def write_atomic(path: pathlib.Path, text: str) -> None:
   """Replaces a file by one rename, so that a reader or a crash never meets half of it."""
   part = path.with_name(f".{path.name}.part")
-  with open(part, "w", encoding="utf-8", newline="") as file:
+  with _naming(path), open(part, "w", encoding="utf-8", newline="") as file:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
@@ -256,8 +263,18 @@ def write_atomic(path: pathlib.Path, text: str) -> None:
 
 
 def _append(path: pathlib.Path, text: str) -> None:
-  with open(path, "a", encoding="utf-8", newline="") as file:
+  with _naming(path), open(path, "a", encoding="utf-8", newline="") as file:
     file.write(text)
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+  """A write that fails (a full disk) says where."""
+  try:
+    yield
+  except OSError as error:
+    error.filename = str(path)
+    raise
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:

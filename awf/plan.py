@@ -92,7 +92,8 @@ def plan_once(config: ConfigDict, target: Target) -> dict[str, Any]:
     "counted": not target.is_compiled,  # from operands, at the chip's figures
     "gb": "GiB (2**30 bytes), per device",
     "sizes": {
-      "rows": setup.shapes.rows, "context": setup.shapes.chunks * setup.shapes.chunk,
+      "rows": setup.shapes.rows, "context": config.sampler.context,
+      "prompt_pages": setup.shapes.pages, "page": setup.shapes.page,
       "prompt": setup.prompt, "new": setup.new, "group": config.grpo.group_size,
       "bin_tokens": int(setup.batch.tokens_ZBT.shape[2]), "bins": int(setup.batch.num_steps),
     },

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from awf.chips import Chip
 from awf.hlo_cost import Cost, Count, count_module
 from awf.hlo_text import parse_module
-from awf.plan_ideal import decode_step_bytes, update_flops
+from awf.plan_ideal import Load, decode_step_bytes, update_flops
 from awf.plan_target import Target
 from awf.qwen.lora import target_shapes
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
   from awf.plan import Program
   from awf.plan_programs import Setup
 
-PARTS = ("prefill", "share_prompts", "decode")
+PARTS = ("prefill", "decode")
 
 
 def count_program(
@@ -27,9 +27,9 @@ def count_program(
 ) -> tuple[dict[str, Cost], list[str]]:
   """Costs of a program's parts, and what had to be guessed.
 
-  The sampler: one `prefill` call, one chunk of `share_prompts`, one `decode` step at mid-completion
-  (and `decode_empty`, the same with one live chunk), and what a dispatch does once (`once`). The
-  learner: `whole`, one pass over all bins.
+  The sampler: one `prefill` call, one `decode` step in the middle of proposals and one of the calls
+  that workflows make (`decode_calls`), and what a dispatch does once (`once`). The learner:
+  `whole`, one pass over all bins.
   """
   module = parse_module(text)
   if name != "sampler":
@@ -44,32 +44,45 @@ def count_program(
   def is_taken(op_name: str) -> bool | None:
     return next((v for k, v in taken.items() if f"/{k}/" in op_name), None)
 
-  def counted(tokens: float) -> Count:
-    return count_module(module, lambda n: sampler_trips(setup, n, tokens), is_taken)
+  def counted(load: Load) -> Count:
+    return count_module(module, lambda n: sampler_trips(setup, n, load), is_taken)
 
-  count = counted(live_tokens(setup))
+  count = counted(proposals(config, setup))
   parts = {part: count.inside(f"/{part}/while") for part in PARTS}
   inside = {id(op) for ops in parts.values() for op in ops if op.loops}
   parts = {k: [op for op in ops if op.loops] for k, ops in parts.items()}
   parts["once"] = [op for op in count.ops if id(op) not in inside]
-  parts["decode_empty"] = [op for op in counted(1.0).inside("/decode/while") if op.loops]
+  calls = counted(workflow_calls(config, setup)).inside("/decode/while")
+  parts["decode_calls"] = [op for op in calls if op.loops]
   costs = {k: count.total(ops, chip.flops, chip.bandwidth) for k, ops in parts.items()}
   return costs, _guessed(count)
 
 
-def live_tokens(setup: Setup) -> float:
-  """Tokens of a row, the one that is written included, in the middle of its completion."""
-  return setup.prompt + setup.new / 2
+def proposals(config: ConfigDict, setup: Setup) -> Load:
+  """All rows complete proposals of full length."""
+  rows, group = setup.shapes.rows, config.grpo.group_size
+  return Load(-(-rows // group), min(rows, group), setup.prompt, setup.new)
 
 
-def sampler_trips(setup: Setup, op_name: str, tokens: float) -> float | None:
+def workflow_calls(config: ConfigDict, setup: Setup) -> Load:
+  """All rows answer calls of workflows; no two prompts are alike."""
+  new = config.executor.max_new_tokens
+  prompt = min(config.plan.problem_prompt, config.sampler.context - new)
+  return Load(setup.shapes.rows, 1, prompt, new)
+
+
+def sampler_trips(setup: Setup, op_name: str, load: Load) -> float | None:
   """Trips of the dispatch's loops that depend on data."""
-  width = setup.shapes.chunk
+  s = setup.shapes
+  if op_name.endswith("/share_groups/while"):
+    return -(-load.prompts * -(-load.group // s.share) // s.at_once)
+  if op_name.endswith("/prompt_chunks/while"):
+    return -(-load.prompt // s.page)
   if op_name.endswith("/live_chunks/while"):
     if "/decode/" in op_name:
-      return -(-tokens // width)
-    blocks = -(-setup.prompt // setup.shapes.block)
-    return sum(i * setup.shapes.block // width + 1 for i in range(blocks)) / blocks
+      return -(-load.new / 2 // s.chunk)
+    blocks = -(-load.prompt // s.block)
+    return sum(i * s.block // s.page + 1 for i in range(blocks)) / blocks
   return 1.0 if op_name.endswith(tuple(f"/{part}/while" for part in PARTS)) else None
 
 
@@ -115,9 +128,8 @@ def ratios(config: ConfigDict, setup: Setup, programs: dict[str, Program]) -> di
   sampler, update = programs.get("sampler"), programs.get("update")
   if sampler and sampler.parts:
     must = decode_step_bytes(
-      setup.model, setup.params, setup.lora, setup.shapes.rows, live_tokens(setup),
-      setup.mesh.shape["tensor"],
-    )  # fmt: skip
+      setup.model, setup.params, setup.lora, proposals(config, setup), setup.mesh.shape["tensor"]
+    )
     read = sampler.parts["decode"].read
     found["decode_bytes"] = round(read / must["total"], 4)
     found["decode_step"] = {"read": read, **{f"must_{k}": v for k, v in must.items()}}
@@ -181,22 +193,20 @@ def estimates(config: ConfigDict, setup: Setup, programs: dict[str, Program]) ->
 def _speeds(config, setup: Setup, seconds: dict[str, float], per_batch: float | None):
   if not seconds:
     return dict(tokens_per_second=None, seconds_per_step=per_batch, problems_per_hour=None)
-  rows, group = setup.shapes.rows, config.grpo.group_size
-  proposals = _wave(config, setup, seconds, setup.prompt, setup.new, group)
-  speed = rows * setup.new / proposals
-  problem = _wave(
-    config, setup, seconds, config.plan.problem_prompt, config.executor.max_new_tokens, 1
-  )
+  rows = setup.shapes.rows
+  wave = _wave(setup, seconds, proposals(config, setup), seconds["decode"])
+  speed = rows * setup.new / wave
+  problem = _wave(setup, seconds, workflow_calls(config, setup), seconds["decode_calls"])
   result = {
     "tokens_per_second": round(speed, 1),
     "seconds_per_step": None if per_batch is None else round(per_batch, 4),
     "problems_per_hour": None,
   }
   if per_batch is not None:
-    children = config.search.parents * group
+    children = config.search.parents * config.grpo.group_size
     problems = children * config.search.subset_problems
     round_seconds = (
-      proposals * max(1.0, children / rows)
+      wave * max(1.0, children / rows)
       + problem * max(1.0, problems * config.plan.calls / rows)
       + per_batch
     )
@@ -205,41 +215,26 @@ def _speeds(config, setup: Setup, seconds: dict[str, float], per_batch: float | 
   return result
 
 
-def _wave(config, setup: Setup, seconds, prompt: int, new: int, group: int) -> float:
+def _wave(setup: Setup, seconds: dict[str, float], load: Load, step: float) -> float:
   """Seconds in which all rows are filled once and run to their last token."""
-  s, rows = setup.shapes, setup.shapes.rows
-  chunk_seconds = (seconds["decode"] - seconds["decode_empty"]) / max(
-    1.0, -(-live_tokens(setup) // s.chunk) - 1
-  )
-  step = seconds["decode_empty"] + chunk_seconds * max(0.0, -(-(prompt + new / 2) // s.chunk) - 1)
-  blocks = -(-prompt // s.block) * -(-rows // group)
-  calls = -(-blocks // s.blocks)
-  copies = rows * -(-prompt // s.chunk)
-  dispatches = -(-new // s.steps)
-  return (
-    calls * seconds["prefill"]
-    + copies * seconds["share_prompts"]
-    + new * step
-    + dispatches * seconds["once"]
-  )
+  s = setup.shapes
+  calls = -(-load.prompts * -(-load.prompt // s.block) // s.blocks)
+  dispatches = -(-load.new // s.steps)
+  return calls * seconds["prefill"] + load.new * step + dispatches * seconds["once"]
 
 
 def estimate_counted(config: ConfigDict, setup: Setup, target: Target) -> dict[str, Any]:
   """Speed of a chip that nothing is compiled for: what must be read and computed at its figures."""
   chip, model, s = target.chip, setup.model, setup.shapes
 
-  def step(tokens: float) -> float:
-    must = decode_step_bytes(model, setup.params, setup.lora, s.rows, tokens)
-    return must["total"] / chip.bandwidth
+  def step(load: Load) -> float:
+    return decode_step_bytes(model, setup.params, setup.lora, load)["total"] / chip.bandwidth
 
   matrices = model.num_hidden_layers * sum(i * o for i, o in target_shapes(model).values())
-  once = decode_step_bytes(model, setup.params, setup.lora, 1, 0.0)["total"] / chip.bandwidth
-  prefill = max(once, 2.0 * matrices * s.blocks * s.block / chip.flops)
   seconds = {
-    "prefill": prefill,
-    "share_prompts": 0.0,
-    "decode": step(live_tokens(setup)),
-    "decode_empty": step(float(s.chunk)),
+    "prefill": max(step(Load(1, 1, 0, 0)), 2.0 * matrices * s.blocks * s.block / chip.flops),
+    "decode": step(proposals(config, setup)),
+    "decode_calls": step(workflow_calls(config, setup)),
     "once": 0.0,
   }
   must = update_flops(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,23 @@ def bytes_of(tree: Any) -> float:
   return total
 
 
+@dataclasses.dataclass(frozen=True)
+class Load:
+  """What the decode rows do: some prompts, a group of completions of each."""
+
+  prompts: int
+  group: int  # rows of each prompt
+  prompt: int  # tokens
+  new: int  # tokens of a whole completion
+
+  @property
+  def live_tokens(self) -> float:
+    """Tokens whose keys and values a step reads, in the middle of the completions."""
+    return self.prompts * (self.prompt + self.group * self.new / 2)
+
+
 def decode_step_bytes(
-  config: QwenConfig, params: Any, lora: Any, rows: int, tokens: float, tensor: int = 1
+  config: QwenConfig, params: Any, lora: Any, load: Load, tensor: int = 1
 ) -> dict[str, float]:
   """Bytes that one decode step must read on a device: every weight once, and the live KV.
 
@@ -37,18 +53,17 @@ def decode_step_bytes(
     config: architecture.
     params: base weights, arrays or shapes. An untied embedding counts one line per row.
     lora: stacked adapters, or None.
-    rows: rows that decode.
-    tokens: live tokens of a row.
+    load: what the rows do; the keys and values of a prompt are read once for its group.
     tensor: devices that the key/value heads are split over.
   """
   weights = bytes_of(params)
   if not config.tie_word_embeddings:
     table = bytes_of(params["embed"])
-    weights -= table * (1 - min(1.0, rows / config.vocab_size))
+    weights -= table * (1 - min(1.0, load.prompts * load.group / config.vocab_size))
   heads = config.num_key_value_heads
   heads = heads / tensor if heads % tensor == 0 else heads
   itemsize = 4 if config.dtype == "float32" else 2
-  kv = 2.0 * config.num_hidden_layers * heads * config.head_dim * itemsize * rows * tokens
+  kv = 2.0 * config.num_hidden_layers * heads * config.head_dim * itemsize * load.live_tokens
   adapters = 0.0 if lora is None else bytes_of(lora)
   return {"weights": weights, "lora": adapters, "kv": kv, "total": weights + adapters + kv}
 

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from awf.config import longest_completion
 from awf.config_io import find_path
 from awf.grpo.batch import Batch
 from awf.grpo.config import GRPOConfig, OptimConfig
@@ -36,7 +37,7 @@ from awf.qwen.quant import QuantConfig
 from awf.runtime_setup import cache_dir
 from awf.sampler.cache import init_cache
 from awf.sampler.decode import Shapes, compile_dispatch, empty_work
-from awf.sampler.engine import cache_sharding, make_shapes
+from awf.sampler.engine import cache_shardings, make_shapes
 from awf.sharding import abstract, make_mesh, replicated, tree_shardings
 from awf.types import Rollout, UserError
 
@@ -147,24 +148,23 @@ def make_setup(config: ConfigDict, target: Target, layers: int = 0) -> Setup:
   mesh = make_mesh(**config.mesh, devices=target.devices or jax.devices("cpu")[:1])
   params = abstract_params(model, stored, QuantConfig.from_config(config.model), mesh)
   lora_config = LoRAConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
-  sampler, grpo = config.sampler, GRPOConfig.from_config(config.grpo)
+  sampler = config.sampler
+  grpo = GRPOConfig.from_config(config.grpo, sampler.max_new_tokens)
   whole = model_config(config, compute)  # its depth decides how many prompts the pool holds
   shapes = make_shapes(
     whole, sampler.rows, sampler.context, sampler.prefill_rows, sampler.steps_per_dispatch,
-    target.platform,
+    target.platform, longest_completion(config), int(sampler.prompt_cache_gb * 2**30),
   )  # fmt: skip
   key = jax.random.key(0)
   stacked = jax.eval_shape(lambda: stack_adapters([init_lora(model, lora_config, key)]))
   stacked = abstract(stacked, tree_shardings(stacked, mesh))
-  cache = jax.eval_shape(
-    lambda: init_cache(model, shapes.rows + shapes.pool + 1, shapes.chunks, shapes.chunk)
-  )
-  cache = abstract(cache, jax.tree.map(lambda _: cache_sharding(model, mesh), cache))
+  cache = jax.eval_shape(lambda: init_cache(model, shapes.cache))
+  cache = abstract(cache, cache_shardings(model, mesh))
   work = empty_work(shapes)
   work = abstract(work, jax.tree.map(lambda _: replicated(mesh), work))
   trainer = GRPOTrainer(
     model, params, None, lora_config, grpo, OptimConfig.from_config(config.optim, 1000), mesh, key,
-    temperature=sampler.temperature,
+    temperature=sampler.temperature, top_p=sampler.top_p, top_k=sampler.top_k,
   )  # fmt: skip
   prompt, new = sizes(config)
   rollouts = _rollouts(config.search.parents, grpo.group_size, prompt, new)

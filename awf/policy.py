@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from awf.config import longest_completion
 from awf.config_io import find_path, load_class
 from awf.qwen import hf
 from awf.qwen.config import QwenConfig
@@ -101,6 +102,8 @@ class QwenPolicy:
       context=config.sampler.context,
       prefill_rows=config.sampler.prefill_rows,
       steps_per_dispatch=config.sampler.steps_per_dispatch,
+      max_new_tokens=longest_completion(config),
+      prompt_bytes=int(config.sampler.prompt_cache_gb * 2**30),
       strict=config.sampler.strict,
       pad_id=tokenizer.pad_id,
       mesh=mesh,

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from ml_collections import ConfigDict
 
 from awf.checkpoint import Checkpointer
 from awf.grpo.config import OptimConfig
-from awf.grpo.sft import SFTTrainer, batches, pack_examples
+from awf.grpo.sft import Batch, SFTTrainer, batches, pack_examples
+from awf.interrupt import Interrupted, StopRequest
 from awf.metrics import MetricsLogger
 from awf.policy import dtype_name, initial_lora
 from awf.qwen import hf
@@ -63,12 +65,32 @@ def run_sft(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     lora_config=lora_config if lora is not None else None,
   )
   checkpoints = Checkpointer(workdir.checkpoints, config.train.keep_checkpoints)
-  with MetricsLogger(workdir) as metrics:
-    done = _resume(trainer, checkpoints, metrics)
+  with MetricsLogger(workdir) as metrics, StopRequest() as stop:
+    done = step = _resume(trainer, checkpoints, metrics)
     last: dict[str, float] = {}
+    start = time.perf_counter()
 
-    def report(step: int, values: dict[str, float]) -> None:
-      nonlocal last
+    def save(step: int) -> None:
+      checkpoints.save(step, trainer.state, {"done": step, "rows": metrics.position})
+
+    def until_stopped(rows: Iterator[Batch]) -> Iterator[Batch]:
+      nonlocal step
+      for row in rows:
+        if stop.number:
+          return
+        step += 1
+        yield row
+
+    rows = until_stopped(itertools.islice(batches(packed, sft.batch, config.seed), done, None))
+    while step < sft.steps:
+      # Rows of metrics are at the multiples of log_every, wherever a run was interrupted.
+      target = min(step + sft.log_every - step % sft.log_every, sft.steps)
+      values = trainer.train(itertools.islice(rows, target - step))
+      if stop.number:
+        if step > done:
+          save(step)
+        checkpoints.close()
+        raise Interrupted(stop.number, {"steps": step})
       seconds = time.perf_counter() - start
       speed = (step - done) * sft.batch * sft.length / max(seconds, 1e-9)
       left = (sft.steps - step) * sft.batch * sft.length / max(speed, 1e-9)
@@ -79,11 +101,7 @@ def run_sft(config: ConfigDict, workdir: Any) -> dict[str, Any]:
       )  # fmt: skip
       last = values
       if step % (10 * sft.log_every) == 0 or step == sft.steps:
-        checkpoints.save(step, trainer.state, {"done": step})
-
-    start = time.perf_counter()
-    rows = itertools.islice(batches(packed, sft.batch, config.seed), done, None)
-    trainer.train(rows, sft.steps - done, lambda n, values: report(done + n, values), sft.log_every)
+        save(step)
   checkpoints.close()
   saved = _save(config, workdir, trainer, model_config, tokenizer, lora_config)
   return {
@@ -172,9 +190,10 @@ def read_examples(
 def _resume(trainer: SFTTrainer, checkpoints: Checkpointer, metrics: MetricsLogger) -> int:
   found = checkpoints.restore(trainer.state)
   if found is None:
+    metrics.truncate(-1)
     return 0
   _, trainer.state, extra = found
-  metrics.truncate(extra["done"])
+  metrics.truncate(extra["done"], extra.get("rows"))
   log.info("resumed at step %d", extra["done"])
   return extra["done"]
 

@@ -89,11 +89,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over data and fsdp; everything else whole."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-
-
 def abstract(tree, shardings):
   """The tree with jax.ShapeDtypeStruct leaves: what a jitted function is lowered with."""
   return jax.tree.map(

@@ -90,6 +90,55 @@ class System:
       )
     return self._runners[repeat]
 
+  def make_trainer(self, rounds: int) -> Any:
+    """The learner of a run of so many rounds, from the policy's adapter."""
+    import jax
+
+    from awf.grpo.config import GRPOConfig, OptimConfig
+    from awf.grpo.trainer import GRPOTrainer
+
+    config, policy = self.config, self.policy
+    return GRPOTrainer(
+      policy.config,
+      policy.params,
+      policy.lora,
+      policy.lora_config,
+      GRPOConfig.from_config(config.grpo, config.sampler.max_new_tokens),
+      OptimConfig.from_config(config.optim, rounds * config.grpo.steps_per_batch),
+      self.mesh,
+      jax.random.key(stable_hash(config.seed, "learner") >> 32),
+      temperature=config.sampler.temperature,
+      top_p=config.sampler.top_p,
+      top_k=config.sampler.top_k,
+    )
+
+  def make_search(self, episode: int) -> Any:
+    """The search of one episode, counted from 0 over all epochs."""
+    from awf.search.config import SearchConfig, load_starts
+    from awf.search.mcts import MCTSOptimizer
+
+    config, task = self.config, self.task
+    search = SearchConfig.from_config(
+      config.search,
+      config.reward,
+      group_size=config.grpo.group_size,
+      refill=config.grpo.refill,
+      dataset=task.dataset,
+      question_type=task.question_type,
+    )
+    # The first search is the run's workspace; each further one has its own folder beside it.
+    folder = self.workdir.workspace if episode == 0 else self.workdir / f"workspace_{episode + 1}"
+    return MCTSOptimizer(
+      search,
+      self.runner(),
+      task,
+      self.propose,
+      self.search_problems,
+      folder,
+      stable_hash(config.seed, "search", episode),
+      starts=load_starts(config.search.starts),
+    )
+
   @property
   def executor_sampling(self) -> SamplingParams:
     e = self.config.executor
@@ -111,6 +160,16 @@ class System:
       for name, value in runner.stats().items():
         totals[name] = totals.get(name, 0) + value
     return totals
+
+  def state_dict(self) -> dict[str, Any]:
+    """Results of the runners that hung on a clock, as JSON: a resumed run must not see others."""
+    states = {str(repeat): runner.state_dict() for repeat, runner in self._runners.items()}
+    return {repeat: state for repeat, state in states.items() if any(state.values())}
+
+  def load_state_dict(self, state: dict[str, Any]) -> None:
+    """Puts back what `state_dict` gave."""
+    for repeat, results in state.items():
+      self.runner(int(repeat)).load_state_dict(results)
 
   def close(self) -> None:
     self.policy.close()

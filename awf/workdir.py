@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -26,9 +27,9 @@ from awf.types import UserError
 
 log = logging.getLogger("awf")
 
-# Fields that change how a run is carried out, never what it computes: a resumed run may differ in
-# them.
+# A resumed run may differ in three kinds of fields. How it is carried out, never what it computes:
 OPERATIONAL = (
+  "name",
   "backup.",
   "bench.",
   "export.",
@@ -40,12 +41,49 @@ OPERATIONAL = (
   "train.checkpoint_every",
   "train.keep_checkpoints",
   "train.minutes",
-  "sft.log_every",
+  "train.nonfinite_limit",
   "sft.save",
+)
+# What it computes stays the same within rounding (devices, sizes of batches and of buffers):
+ROUNDING = (
+  "mesh.",
+  "grpo.micro_batch",
+  "grpo.remat",
+  "grpo.vocab_chunk",
+  "sampler.prefill_rows",
+  "sampler.rows",
+  "sampler.steps_per_dispatch",
+  "executor.concurrency",
+)
+# What follows is what the new value says; what was done stays:
+ONWARD = (
+  "metrics",
+  "optim.grad_clip",
+  "optim.learning_rate",
+  "optim.schedule",
+  "optim.total_steps",
+  "optim.warmup_steps",
+  "search.rounds",
+  "sft.log_every",
+  "train.epochs",
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 _OWN = ("config.json", "run.log", ".lock")  # what a run writes before it does anything
-_SHOWN = 6  # differing fields named in one message
+
+
+class _LogFile(logging.FileHandler):
+  """run.log; a disk that takes no more must not drown what the run says about it."""
+
+  def handleError(self, record: logging.LogRecord) -> None:
+    del record
+    logging.getLogger().removeHandler(self)
+    print(f"run.log ends here: {sys.exc_info()[1]}", file=sys.stderr)
+
+  def close(self) -> None:
+    try:
+      super().close()
+    except OSError as e:  # what was still to be written; said above
+      print(f"run.log: {e}", file=sys.stderr)
 
 
 class Workdir(os.PathLike):
@@ -115,12 +153,12 @@ class Workdir(os.PathLike):
         differing fields are listed, nothing is changed).
     """
     found = self.record()
-    self._check_agreement(found, config, mode)  # before anything is created or locked
+    changed = self._check_agreement(found, config, mode)  # before anything is created or locked
     self._is_fresh, self._made_folder = found is None, not self.path.exists()
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._take_lock()
-      self._handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+      self._handler = _LogFile(self.path / "run.log", encoding="utf-8")
     except OSError as e:
       raise UserError(
         f"--workdir={self.path}: cannot write there ({e.strerror}); choose another"
@@ -129,7 +167,17 @@ class Workdir(os.PathLike):
     logging.getLogger().addHandler(self._handler)
     if found is None:
       self._write(new_record(config, mode, command))
+    elif found.get("mode") == mode:
+      self._note(found, config, changed)
     return found is not None
+
+  def _note(self, found: dict[str, Any], config: ConfigDict, changed: list[str]) -> None:
+    """Keeps the config that the run goes on with, and what it was before."""
+    if changed:
+      log.info("going on with a changed config: %s", "; ".join(changed))
+      now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+      found["changes"] = [*found.get("changes", ()), {"when": now, "fields": changed}]
+    self._write({**found, "config": config.to_dict()})
 
   def record_devices(self) -> None:
     """Adds the accelerator's names to config.json; call it once JAX is up.
@@ -142,6 +190,12 @@ class Workdir(os.PathLike):
 
     kinds = [d.device_kind for d in jax.devices()]
     counts = {k: kinds.count(k) for k in sorted(set(kinds))}
+    before = (self.record() or {}).get("devices", counts)
+    if before != counts:
+      log.info(
+        "this run was on %s and goes on with %s: it agrees with one that had not moved within "
+        "rounding, not to the bit", before, counts,
+      )  # fmt: skip
     self.add_to_record(devices=counts, backend=jax.default_backend())
 
   def add_to_record(self, **facts: Any) -> None:
@@ -193,22 +247,24 @@ class Workdir(os.PathLike):
     os.pwrite(fd, str(os.getpid()).encode(), 0)
     self._lock = fd
 
-  def _check_agreement(self, found: dict[str, Any] | None, config: ConfigDict, mode: str) -> None:
+  def _check_agreement(
+    self, found: dict[str, Any] | None, config: ConfigDict, mode: str
+  ) -> list[str]:
+    """The fields that differ and may; raises UserError for those that may not."""
     if found is None:
-      return
+      return []
     if mode != "eval" and found.get("mode") != mode:
       raise UserError(
         f"{self.path} holds a run of mode {found.get('mode')}, not {mode}; choose another --workdir"
       )
-    differing = differing_fields(found["config"], config, ignore_eval=mode == "eval")
-    if differing:
-      shown = "; ".join(differing[:_SHOWN]) + (
-        f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-      )
+    refused, changed = differing_fields(found["config"], config, ignore_eval=mode == "eval")
+    if refused:
       raise UserError(
-        f"{self.path} holds a run with another config: {shown}. Give these fields back, or "
-        f"choose another --workdir"
+        f"{self.path} holds a run with another config: {'; '.join(refused)}. Give these fields "
+        f"back, or choose another --workdir (a run that goes on may change "
+        f"{', '.join(ROUNDING + ONWARD)})"
       )
+    return changed
 
   def _write(self, record: dict[str, Any]) -> None:
     """Replaces config.json in one step."""
@@ -219,18 +275,41 @@ class Workdir(os.PathLike):
 
 def differing_fields(
   old: dict[str, Any], config: ConfigDict, ignore_eval: bool = False
-) -> list[str]:
-  """`config.x: there OLD, here NEW` for each field whose value changes what a run computes."""
-  before, now = flatten(old), flatten(json.loads(json.dumps(config.to_dict())))
+) -> tuple[list[str], list[str]]:
+  """`config.x: there OLD, here NEW` for each field whose value changes what a run computes.
+
+  A field that the run's config lacks was made later: it counts as its default. One that is no
+  longer known is passed over with a warning.
+
+  Returns:
+    (those that a resumed run may not differ in, those that it may).
+  """
+  from configs.base import base_config
+
+  defaults, now = _plain(base_config()), _plain(config)
+  before = flatten(old)
   skip = OPERATIONAL + (("eval.",) if ignore_eval else ())
-  out = []
-  for name in sorted(before.keys() | now.keys()):
-    if name.startswith(skip) or before.get(name) == now.get(name):
+  gone = sorted(before.keys() - now.keys())
+  if gone:
+    log.warning("fields of this run that are no longer known: %s", ", ".join(gone))
+  refused, allowed = [], []
+  for name in sorted(now):
+    there = before.get(name, defaults.get(name))
+    if _is_under(name, skip) or there == now[name]:
       continue
-    there = json.dumps(before[name]) if name in before else "unset"
-    here = json.dumps(now[name]) if name in now else "unset"
-    out.append(f"config.{name}: there {there}, here {here}")
-  return out
+    line = f"config.{name}: there {json.dumps(there)}, here {json.dumps(now[name])}"
+    (allowed if _is_under(name, ROUNDING + ONWARD) else refused).append(line)
+  return refused, allowed
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+  """Flat, with lists for tuples, as JSON gives it back."""
+  return flatten(json.loads(json.dumps(config.to_dict())))
+
+
+def _is_under(name: str, fields: tuple[str, ...]) -> bool:
+  """Whether a field, or the group (`group.`) that it is in, is among `fields`."""
+  return any(name == x or (x.endswith(".") and name.startswith(x)) for x in fields)
 
 
 def new_record(config: ConfigDict, mode: str, command: str = "") -> dict[str, Any]:

@@ -64,6 +64,7 @@ def base_config() -> ConfigDict:
       context=2048,  # prompt + completion, tokens
       prefill_rows=8,
       steps_per_dispatch=16,
+      prompt_cache_gb=0.0,  # keys and values of prompts; 0 = what all rows need, at most 1.5
       strict=True,  # one row shape, bit-equal rows whatever their neighbours
     )
   )
@@ -122,16 +123,42 @@ def base_config() -> ConfigDict:
   c.grpo = ConfigDict(
     dict(
       group_size=8,
-      advantage="grpo",  # grpo, dr_grpo
+      # grpo, dr_grpo, batch, rloo, reinforce_plus_plus_baseline, maxrl, opo; gae (a critic)
+      advantage="grpo",
       std_eps=1e-4,
+      gamma=1.0,  # gae: discount of a token
+      lam=0.95,  # gae: weight of longer returns
+      value_clip=0.5,  # gae: how far a value may move on one batch
+      loss="grpo",  # grpo (ppo is the same), gspo, cispo, sapo, reinforce
       clip_low=0.2,
       clip_high=0.28,
-      beta=0.0,  # KL to the base (adapter off), k3
+      dual_clip=0.0,  # bounds the loss at negative advantages (3 is usual); 0 = off
+      ratio_max=0.0,  # upper bound of the unclipped ratio; 0 = off
+      cispo_max=5.0,
+      sapo_tau_pos=1.0,
+      sapo_tau_neg=1.05,
+      beta=0.0,  # KL to the base (adapter off)
+      kl="k3",  # k1, k2, k3
+      kl_in="loss",  # loss, reward
       entropy_coef=0.0,
-      aggregation="token_mean",
+      entropy_target=0.0,  # nats; above 0 the coefficient adapts towards it
+      entropy_delta=0.005,  # step of the adaptive coefficient
+      entropy_min=0.0,
+      entropy_max=1.0,
+      # correction for the sampler's log-probs: none, token_truncate, token_mask,
+      # sequence_truncate, sequence_mask
+      importance="none",
+      importance_min=0.0,
+      importance_max=3.0,
+      aggregation="token_mean",  # token_mean, sequence_mean, sequence_sum, constant
+      horizon=0,  # longest completion, tokens; 0 = sampler.max_new_tokens
+      overlong_buffer=0,  # the reward falls over the last tokens of the horizon; 0 = off
+      overlong_penalty=1.0,  # by this much at the horizon
+      mask_truncated=False,
+      drop_uniform=False,  # groups whose rewards are all alike do not count in the aggregation
+      refill=0,  # groups a round that are proposed again because their rewards were all alike
       steps_per_batch=1,  # optimiser steps on one batch, all clipped against the same old log-probs
       micro_batch=8,  # rows of one forward/backward pass
-      mask_truncated=False,
       vocab_chunk=4096,  # positions x vocabulary never exists: tokens per chunk of the head
       remat="none",  # none, full (the backward pass computes every layer again), or a policy of
       # jax.checkpoint by name, for instance dots_with_no_batch_dims
@@ -148,6 +175,7 @@ def base_config() -> ConfigDict:
       b2=0.99,
       eps=1e-8,
       grad_clip=1.0,
+      critic_learning_rate=1e-4,  # of the value head (grpo.advantage=gae)
     )
   )
   c.train = ConfigDict(
@@ -158,6 +186,7 @@ def base_config() -> ConfigDict:
       checkpoint_every=1,  # rounds
       keep_checkpoints=2,
       minutes=0.0,  # wall-time limit; 0 = none
+      nonfinite_limit=3,  # rounds in a row whose loss or gradient is no number; then the run stops
     )
   )
   c.eval = ConfigDict(

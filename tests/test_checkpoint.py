@@ -1,13 +1,19 @@
 """Checkpoints: exact, atomic, and typed about what does not fit."""
 
+import contextlib
 import dataclasses
+import json
 import logging
+import resource
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
 
 from awf.checkpoint import Checkpointer
@@ -84,7 +90,58 @@ def test_damaged_newest_falls_back_to_the_one_before(tmp_path, caplog):
     step, state, extra = Checkpointer(tmp_path).restore(make_state())
   assert (step, extra, int(state.step)) == (1, {"step": 1}, 1)
   assert leaf_bytes(state) == leaf_bytes(make_state(1))
-  assert "checkpoint 2" in caplog.text
+  assert "checkpoint 2 is damaged" in caplog.text and "checkpoint 1 is used" in caplog.text
+
+
+def test_a_damaged_checkpoint_neither_counts_nor_stays(tmp_path):
+  checkpointer = Checkpointer(tmp_path, keep=2)
+  for step in (1, 2):
+    checkpointer.save(step, make_state(step))
+  damage(tmp_path, 2)
+  resumed = Checkpointer(tmp_path, keep=2)
+  assert resumed.restore(make_state())[0] == 1
+  resumed.save(3, make_state(3))
+  assert resumed.steps() == [1, 3]
+
+
+def test_a_first_save_that_was_never_completed_is_a_fresh_start(tmp_path, caplog):
+  Checkpointer(tmp_path).save(1, make_state(1))
+  (tmp_path / "1" / "manifest.json").unlink()
+  assert Checkpointer(tmp_path).restore(make_state()) is None
+  assert "checkpoint 1 was never completed; there is none before it" in caplog.text
+
+
+def test_one_sound_checkpoint_is_there_wherever_a_save_is_killed():
+  """`make test-kill` takes every operation in turn, this one of nine."""
+  command = [sys.executable, str(ROOT / "tests" / "save_crashes.py"), "--every=9"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert found["crashes"] >= 8 and set(found["newest"]) == {10, 20, 21, 30}
+
+
+@contextlib.contextmanager
+def full_disk(largest):
+  """No file may grow beyond `largest` bytes, which is how a full disk looks to a writer."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_full_disk_leaves_every_earlier_checkpoint_intact(tmp_path, step):
+  checkpointer = Checkpointer(tmp_path, keep=1)
+  checkpointer.save(2, make_state(2), {"round": 2})
+  before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+  big = {"noise": jax.random.normal(jax.random.key(0), (256, 256))}
+  with full_disk(20_000), pytest.raises(UserError, match=r"File too large.*intact \(\[2\]\)"):
+    checkpointer.save(step, big)
+  assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+  checkpointer.save(step, make_state(3))
+  assert Checkpointer(tmp_path).restore(make_state())[0] == step
 
 
 def test_unfinished_save_is_not_seen(tmp_path):

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 import launch
 from awf import cli
+from awf.grpo.sft import SFTTrainer
 from awf.qwen.config import QwenConfig
 from awf.qwen.hf import save_checkpoint
 from awf.qwen.model import init_params
@@ -204,7 +205,7 @@ def test_a_run_leaves_its_record_and_a_changed_config_is_refused(capsys, text, t
   assert run(*argv, "--config.train.minutes=9") == 0  # how, not what: resumes
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_an_interrupted_run_says_how_to_resume(text, tmp_path, sent, code):
   run_dir = tmp_path / "run"
   argv = sft_argv(text, run_dir, "--config.sft.steps=100000", "--config.sft.log_every=1")
@@ -224,9 +225,33 @@ def test_an_interrupted_run_says_how_to_resume(text, tmp_path, sent, code):
   process.send_signal(sent)
   out, err = process.communicate(timeout=120)
   assert process.returncode == code, err
-  last = err.splitlines()[-1]
-  assert out == "" and "Traceback" not in err
+  last, figures = err.splitlines()[-1], json.loads(out)
+  assert figures["interrupted"] and figures["steps"] > 0 and "Traceback" not in err
   assert last.startswith("interrupted") and "resume with: python launch.py --config=" in last
+
+
+def test_an_interrupted_sft_resumes_to_the_same_rows(capsys, text, tmp_path, monkeypatch):
+  """SIGTERM at a step that is no multiple of log_every."""
+  flags = ("--config.sft.steps=9", "--config.sft.log_every=4")
+  assert run(*sft_argv(text, tmp_path / "whole", *flags)) == 0
+  original, calls = SFTTrainer.step, []
+
+  def step(self, batch):
+    calls.append(1)
+    if len(calls) == 6:
+      signal.raise_signal(signal.SIGTERM)
+    return original(self, batch)
+
+  monkeypatch.setattr(SFTTrainer, "step", step)
+  argv = sft_argv(text, tmp_path / "run", *flags)
+  capsys.readouterr()
+  assert run(*argv) == 0
+  figures = json.loads(capsys.readouterr().out)
+  assert figures["interrupted"] and figures["steps"] == 6
+  monkeypatch.undo()
+  assert run(*argv) == 0
+  for name in ("metrics.jsonl", "metrics.csv"):
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -291,19 +316,63 @@ def test_workdir_that_cannot_be_made(tmp_path):
     Workdir(tmp_path / "file").open(base_config(), "train")
 
 
-def test_differing_fields_leaves_out_how_a_run_is_carried_out():
+def test_differing_fields_tells_what_a_resumed_run_may_change():
   old = json.loads(json.dumps(new_record(base_config(), "train")))["config"]
   config = base_config()
-  assert differing_fields(old, config) == []  # tuples equal the lists of JSON
+  assert differing_fields(old, config) == ([], [])  # tuples equal the lists of JSON
   config.backup.path = "/drive"
   config.sandbox.workers = 3
   config.train.minutes = 1.0
-  assert differing_fields(old, config) == []
+  assert differing_fields(old, config) == ([], [])  # how, not what
+  config.optim.learning_rate = 1e-3
+  config.mesh.fsdp = 2
+  allowed = ["config.mesh.fsdp: there 1, here 2", "config.optim.learning_rate: there 1e-05, "]
+  assert differing_fields(old, config) == ([], [allowed[0], allowed[1] + "here 0.001"])
   config.eval.samples = 9
-  assert differing_fields(old, config, ignore_eval=True) == []
-  assert differing_fields(old, config) == ["config.eval.samples: there 4, here 9"]
-  del old["grpo"]["beta"]
-  assert differing_fields(old, config)[-1] == "config.grpo.beta: there unset, here 0.0"
+  assert differing_fields(old, config, ignore_eval=True)[0] == []
+  assert differing_fields(old, config)[0] == ["config.eval.samples: there 4, here 9"]
+
+
+def test_a_run_from_before_a_field_existed_counts_as_its_default(caplog):
+  old = json.loads(json.dumps(new_record(base_config(), "train")))["config"]
+  config = base_config()
+  del old["grpo"]["beta"], old["train"]["nonfinite_limit"]
+  assert differing_fields(old, config) == ([], [])
+  config.grpo.beta = 0.1
+  assert differing_fields(old, config)[0] == ["config.grpo.beta: there 0.0, here 0.1"]
+  old["grpo"]["dropped_since"] = 3
+  assert len(differing_fields(old, config)[0]) == 1
+  assert "no longer known: grpo.dropped_since" in caplog.text
+
+
+def test_a_resumed_run_goes_on_with_a_changed_config_or_names_every_refused_field(tmp_path):
+  config = base_config()
+  with Workdir(tmp_path / "run") as workdir:
+    workdir.open(config, "train")
+  config.optim.learning_rate, config.search.rounds = 1e-3, 20
+  with Workdir(tmp_path / "run") as workdir:
+    assert workdir.open(config, "train") is True
+  record = Workdir(tmp_path / "run").record()
+  assert record["config"]["search"]["rounds"] == 20
+  (change,) = record["changes"]
+  assert change["fields"][1] == "config.search.rounds: there 10, here 20"
+  config.seed, config.lora.rank, config.grpo.beta = 3, 8, 0.5
+  with pytest.raises(UserError) as refused:
+    Workdir(tmp_path / "run").open(config, "train")
+  for field in ("config.seed: there 0, here 3", "config.lora.rank: ", "config.grpo.beta: "):
+    assert field in str(refused.value)
+  assert Workdir(tmp_path / "run").record() == record
+
+
+def test_a_machine_without_the_memory_says_what_to_lower_and_keeps_no_empty_run(capsys, tmp_path):
+  smoke = ["--config=configs/quickstart.py:smoke", f"--workdir={tmp_path / 'run'}"]
+  assert run(*smoke, "--config.sampler.rows=20000000", "--config.mesh.data=1") == 2
+  out, err = capsys.readouterr()
+  (line,) = [x for x in err.splitlines() if x.startswith("error: ")]
+  assert out == "" and "Traceback" not in err
+  for part in ("RESOURCE_EXHAUSTED", "--mode=plan", "config.sampler.rows (20000000)"):
+    assert part in line
+  assert not (tmp_path / "run").exists()
 
 
 def test_versions_name_what_results_depend_on():

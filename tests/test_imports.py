@@ -10,8 +10,8 @@ from conftest import ROOT
 # Lower may not import higher; parts of one level do not know each other, except at the top.
 LEVELS = {
   **dict.fromkeys(("types",), 0),
-  **dict.fromkeys(("sharding", "chips", "config_io", "runtime_setup"), 1),
-  **dict.fromkeys(("config", "workdir"), 2),
+  **dict.fromkeys(("sharding", "chips", "config_io", "runtime_setup", "faults", "interrupt"), 1),
+  **dict.fromkeys(("config", "workdir", "grpo_config"), 2),
   "qwen": 3,
   **dict.fromkeys(("sampler", "sandbox"), 4),
   **dict.fromkeys(("workflow", "tasks"), 5),

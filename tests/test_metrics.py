@@ -2,6 +2,7 @@
 
 import csv
 import json
+import resource
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import directory_check
 
+from awf.faults import explain
 from awf.metrics import MetricsLogger, read_rows
+from configs.base import base_config
 
 FILES = ("metrics.jsonl", "metrics.csv")
 
@@ -135,3 +138,35 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{broken\n{"step": 1}\n')
   with pytest.raises(ValueError, match="line 2"):
     MetricsLogger(tmp_path)
+
+
+def test_the_number_of_rows_tells_a_batch_from_its_epoch(tmp_path):
+  """A crash between an epoch's row and its checkpoint: both rows have the last batch's step."""
+  run = tmp_path / "run"
+  with MetricsLogger(run, tensorboard=False) as metrics:
+    metrics.log(1, {"reward": 1.0})
+    covered = metrics.position
+    before = contents(run)
+    metrics.log_epoch(0, 1, {"extra": 2})
+  with MetricsLogger(run, tensorboard=False) as metrics:
+    assert metrics.truncate(1, covered) == 1
+    assert contents(run) == before
+    metrics.log_epoch(0, 1, {"extra": 2})
+    assert [row["level"] for row in metrics.rows] == ["batch", "epoch"]
+
+
+def test_a_full_disk_names_the_file_and_loses_no_row(tmp_path):
+  with MetricsLogger(tmp_path, tensorboard=False) as metrics:
+    metrics.log(1, {"reward": 1.0})
+    before = contents(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["metrics.jsonl"]) + 9, limit[1]))
+    try:
+      with pytest.raises(OSError, match="metrics.jsonl") as full:
+        metrics.log(2, {"reward": 2.0})
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  assert "takes no more (File too large" in explain(full.value, base_config(), "plan")
+  with MetricsLogger(tmp_path, tensorboard=False) as metrics:
+    metrics.truncate(1, 1)
+  assert contents(tmp_path) == before

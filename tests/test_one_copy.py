@@ -70,7 +70,7 @@ def compiled(request):
   params = init_params(config, jax.random.key(0))
   lora = init_lora(config, LORA, jax.random.key(1))
   shapes = make_shapes(config, rows=2, context=128, prefill_rows=1, steps=2)
-  cache = init_cache(config, shapes.rows + shapes.pool + 1, shapes.chunks, shapes.chunk)
+  cache = init_cache(config, shapes.cache)
   adapters = stack_adapters([scaled(lora, LORA)])
   dispatch = compile_dispatch(config, shapes)
   grpo = GRPOConfig(group_size=2, beta=0.1, entropy_coef=0.01, micro_batch=1, vocab_chunk=16)

@@ -301,7 +301,7 @@ def test_a_pinned_cache_layout_changes_no_bit(params, requests, alone, monkeypat
   """The form that TPUs get, run here."""
   shapes = make_shapes(TINY, ROWS, CONTEXT, 2, 6)
   pinned = dataclasses.replace(shapes, is_pinned=True)
-  monkeypatch.setattr("awf.sampler.engine.make_shapes", lambda *_: pinned)
+  monkeypatch.setattr("awf.sampler.engine.make_shapes", lambda *_, **__: pinned)
   with make_engine(TINY, params) as engine:
     assert engine.generate([*crowd(3)[:8], *requests])[8:] == alone
 

@@ -182,9 +182,7 @@ def test_training_lowers_the_loss_with_one_trace():
   optim = OptimConfig(3e-2, "cosine", warmup_steps=2, total_steps=30)
   trainer = SFTTrainer(TIED, params, optim, micro_tokens=128)
   before = trainer.evaluate(packed)
-  seen = []
-  last = trainer.train(batches(packed, 8), 30, lambda n, m: seen.append((n, m["loss"])), 10)
-  assert [n for n, _ in seen] == [10, 20, 30] and seen[-1][1] == last["loss"]
+  last = trainer.train(itertools.islice(batches(packed, 8), 30))
   assert trainer.evaluate(packed) < before - 0.5
   assert trainer.traces == 1
   assert last["learning_rate"] < 1e-3

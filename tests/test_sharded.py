@@ -11,14 +11,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_checkpoint import random_params
 
 from awf.grpo.config import GRPOConfig
-from awf.grpo.loss import grpo_token_loss, head_loss
+from awf.grpo.loss import head_loss
+from awf.grpo.objective import grpo_token_loss
 from awf.qwen.config import QwenConfig
 from awf.qwen.lora import LoRAConfig, init_lora, scaled, target_shapes
 from awf.qwen.model import Qwen, head, head_kernel
 from awf.qwen.quant import QuantConfig, quantise
 from awf.sampler.cache import init_cache
 from awf.sampler.decode import compile_dispatch, empty_work
-from awf.sampler.engine import make_shapes
+from awf.sampler.engine import cache_shardings, make_shapes
 from awf.sharding import make_mesh, tree_shardings
 
 KIND = LoRAConfig(3, 6.0)
@@ -73,6 +74,7 @@ def world(name):
     "advantage": rng.standard_normal(shape).astype(np.float32),
     "old_logp": -np.abs(rng.standard_normal(shape)).astype(np.float32) - 5,
     "ref_logp": -np.abs(rng.standard_normal(shape)).astype(np.float32) - 5,
+    "weight": np.full(shape, 0.01, np.float32),
   }
   return jax.tree.map(np.asarray, (params, lora, batch))
 
@@ -88,7 +90,8 @@ def figures(config, params, lora, batch):
     hidden, _ = Qwen(config, remat=True).apply(variables, tokens, positions)
     kernel = jax.lax.stop_gradient(head_kernel(params))
     scalars = {"has_old": jnp.bool_(True), "total": jnp.float32(100)}
-    fn = functools.partial(grpo_token_loss, config=GRPO, temperature=1.0)
+    scalars["entropy_coef"] = jnp.float32(GRPO.entropy_coef)
+    fn = functools.partial(grpo_token_loss, config=GRPO)
     loss, _ = head_loss(kernel, hidden, batch_, scalars, jnp.int32(tokens.shape[1]), fn)
     return loss, head(params, hidden)
 
@@ -174,14 +177,12 @@ def test_the_sampler_in_tensor_mode_moves_no_base_matrix(name):
   params, _, _ = world(name)
   mesh = make_mesh(1, 1, 2, devices=jax.devices()[:2])
   shapes = make_shapes(config, 4, 128, 2, 4)
-  spec = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
-  rows = shapes.rows + shapes.pool + 1
-  cache = jax.eval_shape(lambda: init_cache(config, rows, shapes.chunks, shapes.chunk))
+  cache = jax.eval_shape(lambda: init_cache(config, shapes.cache))
   place = functools.partial(
     jax.tree.map, lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   )
   placed = place(params, tree_shardings(params, mesh))
-  cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec), cache)
+  cache = place(cache, cache_shardings(config, mesh))
   step = compile_dispatch(config, shapes).lower(placed, None, cache, empty_work(shapes)).compile()
   text = step.as_text()
   assert MOVES.search(text)

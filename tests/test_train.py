@@ -2,17 +2,18 @@
 
 import json
 import logging
-import os
+import random
+import resource
 import signal
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from kill_run import Run
+from small_run import differences, results, small
 
-from awf.config_io import load_config, resolve_paths
+from awf.config_io import resolve_paths
+from awf.progress import Progress
 from awf.system import hold_out
-from awf.train import Loop, Progress, run_search, run_train
+from awf.train import run_search, run_train
 from awf.types import Problem, UserError
 from awf.workdir import Workdir
 
@@ -23,34 +24,11 @@ FIGURES = (
 )  # fmt: skip
 
 
-def small(rounds=2, **changes):
-  """The quickstart, shrunk to seconds, with a comparison before and after."""
-  c = load_config("configs/quickstart.py:smoke")
-  c.search.rounds = rounds
-  c.search.starts = "data/nano/starts.jsonl"
-  c.search.start_share = 0.5
-  c.search.full_problems = 2
-  c.eval.parents = "data/nano/parents.jsonl"
-  c.eval.parent_count, c.eval.parent_problems, c.eval.proposals_per_parent = 2, 2, 2
-  c.eval.problems = 2
-  c.sandbox.preload_numeric = False
-  c.mesh.data = 1
-  c.update_from_flattened_dict(changes)
-  return c
-
-
 def run(config, folder, function=run_train):
   logging.getLogger("awf").setLevel(logging.INFO)  # as launch.py does
   with Workdir(folder) as workdir:
     workdir.open(config, "train")
     return function(resolve_paths(config), workdir)
-
-
-def results(folder):
-  """Every file of a run that must be a function of config and seed."""
-  files = ["metrics.jsonl", "metrics.csv", "best/graph.py", "best/prompt.py"]
-  files += [f"trajectories/{p.name}" for p in sorted((folder / "trajectories").iterdir())]
-  return {name: (folder / name).read_bytes() for name in files}
 
 
 @pytest.fixture(scope="module")
@@ -75,43 +53,35 @@ def test_a_run_reports_every_figure_and_leaves_every_file(whole):
   assert not [name for row in rows for name in row if name.startswith(("time/", "perf/"))]
 
 
-def test_an_interrupted_run_resumes_to_the_same_results(whole, tmp_path, monkeypatch):
-  folder, figures = whole
-  original = Loop._round
-
-  async def interrupted(self, search, epoch):
-    if self.progress.step == 1:
-      raise KeyboardInterrupt
-    await original(self, search, epoch)
-
-  monkeypatch.setattr(Loop, "_round", interrupted)
-  with pytest.raises(KeyboardInterrupt):
-    run(small(), tmp_path)
-  monkeypatch.undo()
+def test_a_complete_run_goes_on_when_more_rounds_are_asked_for(whole, tmp_path):
+  """One round, then a second one: the files are those of two rounds at a stretch."""
+  assert run(small(rounds=1), tmp_path)["rounds"] == 1
   again = run(small(), tmp_path)
-  assert results(tmp_path) == results(folder)
-  for name in ("proposal_score_before", "proposal_score_after", "test_score_best", "updates"):
-    assert again[name] == figures[name], name
+  assert again["rounds"] == 2 and differences(tmp_path, whole[0]) == []
 
 
-def test_a_killed_run_resumes_to_the_same_results(whole, tmp_path):
-  folder, _ = whole
+def fill_disk(rollouts):
+  """A metric (`config.metrics`) after which no large file can be written: the checkpoint fails."""
+  resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+  return {}
+
+
+def test_a_run_survives_a_full_disk_signals_and_kills(whole, tmp_path):
+  """One directory, six processes; `make test-kill` does it at length."""
   config = tmp_path / "config.py"
-  config.write_text("from test_train import small\n\ndef get_config(arg=None):\n  return small()\n")
-  env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-  command = [sys.executable, "launch.py", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
-  first = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-  for line in first.stderr:
-    if "round 1 of 2" in line:
-      first.send_signal(signal.SIGKILL)
-      break
-  first.wait()
-  first.stderr.close()
-  assert first.returncode == -signal.SIGKILL
-  done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr[-2000:]
-  assert json.loads(done.stdout.splitlines()[-1])["rounds"] == 2
-  assert results(tmp_path / "run") == results(folder)
+  config.write_text("from small_run import small\n\ndef get_config(arg=None):\n  return small()\n")
+  life, rng = Run(tmp_path / "run", config), random.Random(0)
+  full = life.start("--config.metrics=test_train:fill_disk")
+  assert full.wait() == 2
+  (line,) = [x for x in life.output().splitlines() if x.startswith("error: ")]
+  assert "could not be written" in line and "File too large" in line and "intact ([1])" in line
+  assert "Traceback" not in life.output()
+  places = [life.interrupt(*at) for at in (
+    ("metrics", rng), ("after workflow", rng, signal.SIGTERM), ("save", rng), ("rename", rng),
+  )]  # fmt: skip
+  assert places.count("end") <= 2, places
+  life.finish()
+  assert differences(life.folder, whole[0]) == []
 
 
 def test_a_complete_run_gives_its_figures_again_without_running(whole):

@@ -262,6 +262,20 @@ def test_endless_loop_is_a_timeout(sandbox):
   assert failure(sandbox, script("x"), "while True:\n    pass").kind == "timeout"
 
 
+def test_what_a_clock_decided_is_not_run_again_after_a_resume(sandbox):
+  """A limit of time may fall another way on another day: checkpoints keep such results."""
+  endless, quick = source("while True:\n    pass"), source(f"return 'x', {COST}")
+  first = make_runner(sandbox, script("x"))
+  want = asyncio.run(first.run(endless, PROBLEM))
+  asyncio.run(first.run(quick, PROBLEM))
+  state = json.loads(json.dumps(first.state_dict()))
+  assert len(state["results"]) == 1 and state["programs"] == []
+  resumed = make_runner(sandbox, script("x"))
+  resumed.load_state_dict(state)
+  assert asyncio.run(resumed.run(endless, PROBLEM)) == want
+  assert resumed.stats()["jobs"] == 0
+
+
 def test_messages_do_not_tell_local_names(sandbox):
   bodies = [f"if not problem:\n    {name} = 1\nreturn {name}, 0.0" for name in ("first", "second")]
   one, two = (source(body) for body in bodies)

@@ -219,6 +219,15 @@ def test_a_workspace_of_aflow_is_continued(sandbox, tmp_path):
   again = make_search(sandbox, tmp_path, in_order(REPLIES), **fields)
   again.load_state_dict(search.state_dict())
   assert again.tree == tree
+  # Ended before its first checkpoint, a search has AFlow's rounds in its journal alone.
+  with open(tmp_path / "AIME" / "journal.jsonl", "a") as journal:
+    journal.write('{"event": "ad')
+  lost = make_search(
+    sandbox, tmp_path, in_order([reply("Shout.", workflow("STEPS! Work in steps."))]), **fields
+  )
+  run_rounds(lost, 1)
+  assert lost.tree == tree
+  assert [r["round"] for r in load(path / "results.json")] == [1, 1, 2, 4, 5]
 
 
 def test_broken_files_are_the_users_mistake(tmp_path):

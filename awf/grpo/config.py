@@ -1,4 +1,7 @@
-"""Hyper-parameters of the learner as frozen, validated dataclasses, and the optimiser they mean."""
+"""Hyper-parameters of the learner as frozen, validated dataclasses, and the optimiser they mean.
+
+GRPOConfig itself is in awf.grpo_config, which needs no JAX.
+"""
 
 from __future__ import annotations
 
@@ -11,57 +14,16 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from awf.qwen.remat import remat_name
-from awf.types import UserError
+from awf.grpo_config import GRPOConfig, require
 
-ADVANTAGES = ("grpo", "dr_grpo")
-AGGREGATIONS = ("token_mean",)
+__all__ = [
+  "GRPOConfig",
+  "OptimConfig",
+  "clip_by_norm",
+  "learning_rate_at",
+  "make_optimizer",
+]
 SCHEDULES = ("constant", "cosine", "linear")
-
-
-def _require(is_ok: bool, field: str, value: Any, expected: str) -> None:
-  if not is_ok:
-    raise UserError(f"config.{field}: expected {expected}, got {value!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class GRPOConfig:
-  """What one update does with one batch of rollouts; fields as in `config.grpo`."""
-
-  group_size: int = 8
-  advantage: str = "grpo"  # grpo, dr_grpo
-  std_eps: float = 1e-4
-  clip_low: float = 0.2
-  clip_high: float = 0.28
-  beta: float = 0.0  # weight of the k3 KL to the base
-  entropy_coef: float = 0.0
-  aggregation: str = "token_mean"
-  steps_per_batch: int = 1
-  micro_batch: int = 8  # rows of one forward/backward pass
-  mask_truncated: bool = False
-  vocab_chunk: int = 4096  # tokens per chunk of the head
-  remat: bool | str = "none"  # what the backward pass computes again (awf.qwen.remat)
-
-  def __post_init__(self) -> None:
-    _require(self.group_size >= 2, "grpo.group_size", self.group_size, "at least 2")
-    _require(self.advantage in ADVANTAGES, "grpo.advantage", self.advantage, f"one of {ADVANTAGES}")
-    _require(
-      self.aggregation in AGGREGATIONS,
-      "grpo.aggregation",
-      self.aggregation,
-      f"one of {AGGREGATIONS}",
-    )
-    remat_name(self.remat)
-    for name in ("steps_per_batch", "micro_batch", "vocab_chunk"):
-      _require(getattr(self, name) >= 1, f"grpo.{name}", getattr(self, name), "at least 1")
-    for name in ("beta", "std_eps", "clip_high"):
-      _require(getattr(self, name) >= 0, f"grpo.{name}", getattr(self, name), "at least 0")
-    _require(0 <= self.clip_low <= 1, "grpo.clip_low", self.clip_low, "a number in [0, 1]")
-
-  @classmethod
-  def from_config(cls, config: Mapping[str, Any]) -> GRPOConfig:
-    """Takes `config.grpo` (ConfigDict or dict)."""
-    return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +39,18 @@ class OptimConfig:
   b2: float = 0.99
   eps: float = 1e-8
   grad_clip: float = 1.0  # 0 switches clipping off
+  critic_learning_rate: float = 1e-4  # of the value head (grpo.advantage "gae"), constant
 
   def __post_init__(self) -> None:
-    _require(self.schedule in SCHEDULES, "optim.schedule", self.schedule, f"one of {SCHEDULES}")
-    for name in ("learning_rate", "warmup_steps", "total_steps", "weight_decay", "grad_clip"):
-      _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "at least 0")
+    require(self.schedule in SCHEDULES, "optim.schedule", self.schedule, f"one of {SCHEDULES}")
+    for name in (
+      "learning_rate", "warmup_steps", "total_steps", "weight_decay", "grad_clip",
+      "critic_learning_rate",
+    ):  # fmt: skip
+      require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "at least 0")
     for name in ("b1", "b2"):
-      _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
-    _require(
+      require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
+    require(
       self.schedule == "constant" or self.total_steps > self.warmup_steps,
       "optim.total_steps",
       self.total_steps,

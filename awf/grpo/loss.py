@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from awf.grpo.config import GRPOConfig
 from awf.qwen.quant import Kernel, Transposed, at_compute_dtype, matmul, matmul_transposed
 
 HEAD_CHUNK = 512  # tokens; at a vocabulary of about 1,000 a chunk's logits stay in a CPU's cache
@@ -234,54 +233,3 @@ def _logp_and_entropy_bwd(saved, d_out):
 
 
 logp_and_entropy.defvjp(_logp_and_entropy_fwd, _logp_and_entropy_bwd)
-
-
-def policy_terms(
-  logp: jax.Array, old_logp: jax.Array, advantage: jax.Array, config: GRPOConfig
-) -> tuple[jax.Array, jax.Array]:
-  """Clipped surrogate and ratio of each token.
-
-  Returns:
-    (-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r) with r = exp(logp - old_logp).
-
-  Source: PPO, arXiv:1707.06347, eq. 7; the two-sided range of DAPO, arXiv:2503.14476, eq. 10.
-  """
-  ratio = jnp.exp(logp - old_logp)
-  clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
-  return -jnp.minimum(ratio * advantage, clipped * advantage), ratio
-
-
-def k3(logp: jax.Array, ref_logp: jax.Array) -> jax.Array:
-  """Unbiased, non-negative estimate of KL(policy || reference) per token (Schulman's k3)."""
-  diff = ref_logp - logp
-  return jnp.exp(diff) - diff - 1.0
-
-
-def grpo_token_loss(
-  logits_BcV: jax.Array, data: dict, scalars: dict, *, config: GRPOConfig, temperature: float
-) -> tuple[jax.Array, dict]:
-  """The GRPO objective summed over one chunk of target tokens, for `head_loss`.
-
-  Args:
-    logits_BcV: float32.
-    data: leaves [B, c]: target int32, is_target bool, advantage, old_logp, ref_logp float32.
-    scalars: has_old (bool; False takes the old log-probs to be the present ones) and total (tokens
-      of the global batch, by which the sum is divided).
-    config: clip range, beta, entropy_coef.
-    temperature: of the sampler; the policy is the tempered softmax.
-
-  Returns:
-    (loss, {"logp", "entropy"} [B, c], 0 where there is no target).
-  """
-  if temperature != 1.0:
-    logits_BcV = logits_BcV / temperature
-  logp, entropy = logp_and_entropy(logits_BcV, data["target"])
-  old_logp = jnp.where(scalars["has_old"], data["old_logp"], jax.lax.stop_gradient(logp))
-  loss, _ = policy_terms(logp, old_logp, data["advantage"], config)
-  if config.beta:
-    loss += config.beta * k3(logp, data["ref_logp"])
-  if config.entropy_coef:
-    loss -= config.entropy_coef * entropy
-  is_target = data["is_target"]
-  aux = {"logp": jnp.where(is_target, logp, 0.0), "entropy": jnp.where(is_target, entropy, 0.0)}
-  return jnp.sum(jnp.where(is_target, loss, 0.0)) / scalars["total"], aux

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -125,25 +125,11 @@ class SFTTrainer:
     batch, num_micro = self._micro(batch)
     return float(self._loss(self.state.weights, self._base, batch, num_micro))
 
-  def train(
-    self,
-    rows: Iterable[Batch],
-    steps: int,
-    callback: Callable[[int, dict[str, float]], None] | None = None,
-    log_every: int = 20,
-  ) -> dict[str, float]:
-    """Takes up to `steps` batches; returns the last metrics.
-
-    `callback(steps done, metrics)` is called every `log_every` steps and at the end.
-    """
-    done, metrics = 0, {}
+  def train(self, rows: Iterable[Batch]) -> dict[str, float]:
+    """A step for each batch; returns the last metrics, {} without a batch."""
+    metrics: dict[str, jax.Array] = {}
     for batch in rows:
-      if done == steps:
-        break
       metrics = self.step(batch)
-      done += 1
-      if callback is not None and (done % log_every == 0 or done == steps):
-        callback(done, {k: float(v) for k, v in metrics.items()})
     return {k: float(v) for k, v in metrics.items()}
 
   def _put(self, x: Any) -> Any:

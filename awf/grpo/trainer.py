@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +14,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from awf.grpo.advantages import Advantages, group_advantages
 from awf.grpo.attention import block_attend, dense_attend, packed_block
 from awf.grpo.batch import Batch, bin_size, fitted_size, make_batch
 from awf.grpo.config import (
@@ -23,17 +23,49 @@ from awf.grpo.config import (
   learning_rate_at,
   make_optimizer,
 )
-from awf.grpo.loss import grpo_token_loss, head_chunk, head_loss, k3, policy_terms
+from awf.grpo.critic import init_critic
+from awf.grpo.guard import keep_if, mean_of_sound
+from awf.grpo.loss import head_chunk, head_loss
+from awf.grpo.objective import (
+  Sampling,
+  adapt_entropy_coef,
+  entropy_coef_now,
+  grpo_token_loss,
+  kl_estimate,
+  objective,
+)
+from awf.grpo.passes import (
+  gradient_of_rows,
+  importance_of_rows,
+  make_row_sum,
+  over_bins,
+  put,
+  room,
+  train_critic,
+  uncut,
+  values_of,
+  zeros,
+)
+from awf.grpo.rows import (
+  Layout,
+  Plan,
+  Work,
+  make_plan,
+  rollout_metrics,
+  sampler_logps,
+  sampling_metrics,
+  shaped_rewards,
+)
 from awf.qwen.config import QwenConfig
 from awf.qwen.looped import looped_hidden
 from awf.qwen.lora import LoRAConfig, init_lora, scaled
-from awf.qwen.model import Attend, Qwen, head_kernel
+from awf.qwen.model import Qwen, head_kernel
 from awf.qwen.remat import remat_name
 from awf.sharding import abstract, is_abstract, make_mesh, replicated, tree_shardings
 from awf.types import Rollout
 
 _MIN_STEPS = 8  # room for this many passes from the start, so that small batches share a shape
-MLP_CHUNK = 2048  # tokens that pass the MLP at a time where layers are looped and recomputed
+MLP_CHUNK = 1024  # tokens that pass the MLP at a time where layers are looped and recomputed
 _ROW_TOKENS = 256  # a bin has room for grpo.micro_batch rows of this size
 
 
@@ -46,6 +78,8 @@ class TrainState:
   opt_state: Any
   step: jax.Array  # int32, optimiser steps done
   key: jax.Array  # typed PRNG key; a new one after each step
+  # What only some settings have: "critic" (awf.grpo.critic), "entropy" (coefficient, last entropy).
+  extra: Any = dataclasses.field(default_factory=dict)
 
 
 class GRPOTrainer:
@@ -65,8 +99,8 @@ class GRPOTrainer:
     optim: the optimiser.
     mesh: rows go over its data and fsdp axes; None is one device.
     key: typed PRNG key.
-    temperature: the sampler's; the policy that is trained is the tempered softmax. Truncation
-      (top-k, top-p) is not modelled: ratios are those of the full softmax, on both sides.
+    temperature, top_p, top_k: the sampler's. The policy that is trained is the distribution that
+      tokens were drawn from: tempered, cut and renormalised.
     is_looped: one loop over the layers (awf.qwen.looped) instead of a program with all of them;
       None: on a TPU.
 
@@ -85,6 +119,8 @@ class GRPOTrainer:
     key: jax.Array,
     *,
     temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
     is_looped: bool | None = None,
   ):
     self.grpo, self.optim, self.lora_config = grpo, optim, lora_config
@@ -99,8 +135,15 @@ class GRPOTrainer:
     # the most that `fitted_size` may choose
     self._num_steps = _MIN_STEPS  # likewise; padded steps cost a few integers
     self._optimizer = make_optimizer(optim)
+    # A sampler at temperature 0 records log-probs of the plain softmax.
+    self.sampling = Sampling(temperature, top_p, top_k) if temperature > 0 else Sampling()
+    keeps_support = self.sampling.is_truncated and grpo.steps_per_batch > 1
+    self._support_bytes = -(-model_config.vocab_size // 8) if keeps_support else 0
     self._token_loss = partial(
-      grpo_token_loss, config=grpo, temperature=temperature if temperature > 0 else 1.0
+      grpo_token_loss,
+      config=grpo,
+      sampling=self.sampling,
+      keeps_support=keeps_support,
     )
     self.head_chunk = min(grpo.vocab_chunk, head_chunk(model_config.vocab_size))
     self.traces = 0
@@ -108,7 +151,15 @@ class GRPOTrainer:
     def first_state(key: jax.Array) -> TrainState:
       init_key, key = jax.random.split(key)
       tree = init_lora(model_config, lora_config, init_key) if lora is None else lora
-      return TrainState(tree, self._optimizer.init(tree), jnp.int32(0), key)
+      return TrainState(tree, self._optimizer.init(tree), jnp.int32(0), key, first_extra())
+
+    def first_extra() -> dict[str, Any]:
+      extra: dict[str, Any] = {}
+      if grpo.has_critic:
+        extra["critic"] = init_critic(model_config.hidden_size, optim)
+      if grpo.is_entropy_adaptive:
+        extra["entropy"] = jnp.array([grpo.entropy_coef, jnp.inf], jnp.float32)
+      return extra
 
     if is_abstract(params):
       state = jax.eval_shape(first_state, key)
@@ -119,67 +170,160 @@ class GRPOTrainer:
       self.state = jax.device_put(state, tree_shardings(state, self.mesh))
     self._step = jax.jit(self._train_step, donate_argnums=0)
     self._score = jax.jit(self._score_batch)
+    self._row_gradient = jax.jit(partial(gradient_of_rows, grpo))
+    self._importance = jax.jit(partial(importance_of_rows, grpo))
+    self._values = jax.jit(
+      lambda head, base, batch: values_of(partial(self._hidden, {}, base), head, batch)
+    )
+    self._critic = jax.jit(
+      lambda critic, base, batch, data: train_critic(
+        partial(self._hidden, {}, base), critic, batch, data, grpo, optim
+      ),
+      donate_argnums=0,
+    )
 
   def update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """`grpo.steps_per_batch` optimiser steps on one batch, clipped against its first log-probs.
 
     Rows whose gradient is zero whatever the policy (zero advantage, no KL or entropy term) are not
-    computed; they count in the mean over tokens. Entropy, KL and ratio metrics are over computed
-    rows and averaged over the steps.
+    computed; they count in the aggregation. Entropy, KL and ratio metrics are over computed rows
+    and averaged over the steps.
 
     Returns:
-      Metrics by the names of the metrics files. `skipped` is 1 when no row has a gradient: the
-      state is unchanged then, and only the reward and length metrics are there.
+      Metrics by the names of the metrics files. `skipped` is 1 when no row has a gradient, or no
+      step a finite loss and gradient (`nonfinite_steps` counts those): the state is unchanged then,
+      and the metrics of the steps are left out.
     """
-    advantages = group_advantages(
-      [r.reward for r in rollouts],
-      [r.group for r in rollouts],
-      self.grpo.advantage,
-      self.grpo.std_eps,
-    )
-    metrics = _rollout_metrics(rollouts, advantages)
-    is_used_B = advantages.is_valid_B.copy()
-    if self.grpo.mask_truncated:
-      is_used_B &= ~np.array([r.truncated for r in rollouts], bool)
-    total = sum(len(r.token_ids) for r, used in zip(rollouts, is_used_B, strict=True) if used)
-    if not (self.grpo.beta or self.grpo.entropy_coef):
-      is_used_B &= advantages.values_B != 0
-    rows = [i for i in np.flatnonzero(is_used_B).tolist() if rollouts[i].token_ids]
-    if not rows:
-      return metrics | {"skipped": 1.0}
-    batch = self._batch(rollouts, rows)
-    placed = self._place(batch)
-    advantage_ZBU = np.where(batch.is_target_ZBU, advantages.values_B[batch.row_ZBU], 0.0)
-    data = {
-      "advantage": self._place(advantage_ZBU.astype(np.float32)),
-      "old_logp": self._place(np.zeros(batch.target_ZBU.shape, np.float32)),
-    }
-    if self.grpo.beta:
-      data["ref_logp"] = self._score({}, self._params, placed)
+    grpo = self.grpo
+    work = Work(rollouts, Layout(rollouts))
+    reward_B, _ = shaped_rewards(rollouts, grpo)
+    metrics = rollout_metrics(rollouts, grpo)
+    if any(math.isinf(r.reward) for r in rollouts):  # NaN is a row without a reward, this is none
+      return metrics | {"skipped": 1.0, "nonfinite_steps": float(grpo.steps_per_batch)}
+    self._look_ahead(work, reward_B)
+    plan = make_plan(rollouts, work.layout, grpo, reward_B, work.kl_n, work.value_n)
+    if not plan.rows:
+      return metrics | {"skipped": 1.0, "nonfinite_steps": 0.0}
+    work.batch = self._batch(rollouts, plan.rows)
+    work.placed = self._place(work.batch)
+    work.data = self._data(work, plan)
     steps = []
-    for i in range(self.grpo.steps_per_batch):
+    for i in range(grpo.steps_per_batch):
       # The first step's forward pass gives the old log-probs: there the ratio is one by definition.
-      scalars = {"has_old": np.bool_(i > 0), "total": np.float32(total)}
-      self.state, logp_ZBU, of_step = self._step(self.state, self._params, placed, data, scalars)
+      scalars = self._scalars(i > 0, plan.total)
+      if grpo.is_sequence_loss:
+        work.data["policy_grad"] = self._gradient_of_rows(work, scalars, i == 0)
+      self.state, aux, of_step = self._step(
+        self.state, self._params, work.placed, work.data, scalars
+      )
       if i == 0:
-        data["old_logp"] = logp_ZBU
+        work.data["old_logp"] = aux["logp"]
+        if self._support_bytes:
+          work.data["support"] = aux["support"]
+      if plan.return_n is not None:
+        of_step |= self._train_value_head(work, plan.return_n)
       steps.append(of_step)
     steps = jax.device_get(steps)
-    metrics |= {k: float(np.mean([s[k] for s in steps])) for k in steps[0]}
-    metrics |= _sampling_metrics(batch, rollouts, np.asarray(data["old_logp"]))
-    return metrics | {"skipped": 0.0}
+    metrics |= mean_of_sound(steps)
+    if work.kl_n is not None:
+      metrics["kl"] = float(work.kl_n[work.layout.is_in(work.batch)].mean())
+    return metrics | self._sampling_metrics(work)
+
+  def _scalars(self, has_old: bool, total: float) -> dict[str, Any]:
+    coef = np.float32(self.grpo.entropy_coef)
+    return {"has_old": np.bool_(has_old), "total": np.float32(total), "entropy_coef": coef}
+
+  def _look_ahead(self, work: Work, reward_B: np.ndarray) -> None:
+    """What advantages and weights need from the models: old log-probs, KL, values of each token."""
+    grpo, layout = self.grpo, work.layout
+    rows = np.flatnonzero(np.isfinite(reward_B) & (layout.length_B > 0)).tolist()
+    if not rows or not (grpo.needs_old_logp or grpo.has_critic):
+      return
+    batch = self._batch(work.rollouts, rows)
+    placed = self._place(batch)
+    if grpo.needs_old_logp:
+      now = self._score(self.state.lora, self._params, placed)
+      work.old_logp_n = layout.out_of(batch, np.asarray(now["logp"]))
+      if grpo.has_kl_in_reward:
+        ref = self._score({}, self._params, placed)
+        kl_ZBU = kl_estimate(uncut(now), uncut(ref), grpo.kl)
+        work.kl_n = layout.out_of(batch, np.asarray(kl_ZBU))
+    if grpo.has_critic:
+      head = self.state.extra["critic"]["head"]
+      work.value_n = layout.out_of(batch, np.asarray(self._values(head, self._params, placed)))
+
+  def _data(self, work: Work, plan: Plan) -> dict[str, Any]:
+    """What a step knows of each token, on the devices."""
+    grpo, into = self.grpo, partial(work.layout.into, work.batch)
+    data = {
+      "advantage": self._place(into(plan.advantage_n)),
+      "weight": self._place(into(plan.weight_n)),
+      "old_logp": self._place(into(np.zeros(work.layout.size))),
+    }
+    if grpo.importance != "none":
+      sampler_logp = self._place(into(sampler_logps(work.rollouts, work.layout)))
+      if work.old_logp_n is None:
+        data["sampler_logp"] = sampler_logp
+      else:
+        old_logp = self._place(into(work.old_logp_n))
+        data["importance"] = self._importance(work.placed, old_logp, sampler_logp)
+    if grpo.has_kl_in_loss:
+      data["ref_logp"] = uncut(self._score({}, self._params, work.placed))
+    if self._support_bytes:
+      shape = (*work.batch.target_ZBU.shape, self._support_bytes)
+      data["support"] = jnp.zeros(shape, jnp.uint8, device=data["weight"].sharding)
+    return data
+
+  def _gradient_of_rows(self, work: Work, scalars: dict[str, Any], is_first: bool) -> jax.Array:
+    """Derivative of a loss over sequences by each log-prob; the first step knows every ratio: 1."""
+    logp_ZBU = work.data["old_logp"]
+    if not is_first:
+      support = work.data.get("support")
+      logp_ZBU = self._score(self.state.lora, self._params, work.placed, support)["logp"]
+    data = {k: x for k, x in work.data.items() if k not in ("policy_grad", "support")}
+    return self._row_gradient(work.placed, logp_ZBU, data, scalars | {"has_old": np.bool_(True)})
+
+  def _train_value_head(self, work: Work, return_n: np.ndarray) -> dict[str, jax.Array]:
+    """One step of the critic; its metrics."""
+    host = {"old_value": work.value_n, "returns": return_n}
+    data = {k: self._place(work.layout.into(work.batch, x)) for k, x in host.items()}
+    data |= {"weight": work.data["weight"], "is_target": work.placed.is_target_ZBU}
+    critic, loss = self._critic(self.state.extra["critic"], self._params, work.placed, data)
+    self.state = dataclasses.replace(self.state, extra=self.state.extra | {"critic": critic})
+    return {"value_loss": loss}
+
+  def _sampling_metrics(self, work: Work) -> dict[str, float]:
+    keep, out_of = work.layout.is_in(work.batch), partial(work.layout.out_of, work.batch)
+    old_logp = out_of(np.asarray(work.data["old_logp"]))[keep]
+    sampler_logp, weight = sampler_logps(work.rollouts, work.layout)[keep], None
+    if self.grpo.importance != "none":
+      data = work.data
+      if "importance" not in data:
+        args = (work.placed, data["old_logp"], data["sampler_logp"])
+        data["importance"] = self._importance(*args)
+      weight = out_of(np.asarray(data["importance"]))[keep]
+    return sampling_metrics(old_logp, sampler_logp, weight)
+
+  @property
+  def room(self) -> tuple[int, int]:
+    """Tokens per bin and steps of a batch's arrays: they grow, and packing decides the order of
+    sums, so that a resumed run needs what the interrupted one had."""
+    return self._size, self._num_steps
+
+  @room.setter
+  def room(self, sizes: tuple[int, int]) -> None:
+    self._size, self._num_steps = sizes
 
   def logprobs(self, rollouts: Sequence[Rollout], is_base: bool = False) -> list[np.ndarray]:
     """Log-probability of each completion token under the present policy (or the base), float32."""
-    rows = [i for i, r in enumerate(rollouts) if r.token_ids]
-    out = [np.zeros(len(r.token_ids), np.float32) for r in rollouts]
-    if rows:
-      batch = self._batch(rollouts, rows)
+    layout = Layout(rollouts)
+    batch = self.pack(rollouts)
+    logp_n = np.zeros(layout.size)
+    if layout.size:
       lora = {} if is_base else self.state.lora
-      logp_ZBU = np.asarray(self._score(lora, self._params, self._place(batch)))
-      for row, column, logp in _targets(batch, logp_ZBU):
-        out[row][column] = logp
-    return out
+      logp_ZBU = self._score(lora, self._params, self._place(batch))["logp"]
+      logp_n = layout.out_of(batch, np.asarray(logp_ZBU))
+    return np.split(logp_n.astype(np.float32), np.cumsum(layout.length_B)[:-1])
 
   def pack(self, rollouts: Sequence[Rollout]) -> Batch[np.ndarray]:
     """The batch that all completions of `rollouts` make, on the host."""
@@ -193,10 +337,17 @@ class GRPOTrainer:
       pass over the same batch.
     """
     placed = abstract(batch, self._shardings(batch))
-    names = ("advantage", "old_logp", *(("ref_logp",) if self.grpo.beta else ()))
+    names = ["advantage", "old_logp", "weight"]
+    names += ["ref_logp"] if self.grpo.has_kl_in_loss else []
+    names += ["policy_grad"] if self.grpo.is_sequence_loss else []
+    if self.grpo.importance != "none":
+      names.append("importance" if self.grpo.needs_old_logp else "sampler_logp")
     zero = np.zeros(batch.target_ZBU.shape, np.float32)
-    data = abstract(dict.fromkeys(names, zero), self._shardings(dict.fromkeys(names, zero)))
-    scalars = {"has_old": np.bool_(False), "total": np.float32(1)}
+    data: dict[str, Any] = dict.fromkeys(names, zero)
+    if self._support_bytes:
+      data["support"] = np.broadcast_to(np.uint8(0), (*zero.shape, self._support_bytes))
+    data = abstract(data, self._shardings(data))
+    scalars = self._scalars(False, 1.0)
     scalars = abstract(scalars, self._shardings(scalars))
     return {
       "update": lambda: self._step.lower(self.state, self._params, placed, data, scalars),
@@ -221,49 +372,54 @@ class GRPOTrainer:
     whole = replicated(self.mesh)
     return jax.tree.map(lambda x: rows if np.ndim(x) > 1 else whole, tree)
 
-  def _forward(
-    self, lora: Any, base: Any, bins: Batch[jax.Array], data: Any, scalars: Any
-  ) -> tuple[jax.Array, Any]:
-    """Loss and per-token aux of one step's bins (leaves [B, ...])."""
+  def _hidden(self, lora: Any, base: Any, bins: Batch[jax.Array]) -> jax.Array:
+    """Final hidden states [B, U, D] that the targets of one step's bins are predicted from."""
     if self.block:
       attend = block_attend(bins.segments_ZBT[0], bins.parents_ZBT[0], self.block)
     else:
       attend = dense_attend(bins.segments_ZBT, bins.parents_ZBT)
-    lora = scaled(lora, self.lora_config) if lora else {}
-    hidden_BTD = self._hidden(lora, base, bins, attend)
-    hidden_BUD = jnp.take_along_axis(hidden_BTD, bins.source_ZBU[..., None], axis=1)
-    data = data | {"target": bins.target_ZBU, "is_target": bins.is_target_ZBU}
-    num_targets = bins.num_targets_Z
-    kernel = jax.lax.stop_gradient(head_kernel(base))
-    return head_loss(
-      kernel, hidden_BUD, data, scalars, num_targets, self._token_loss, self.head_chunk
-    )
-
-  def _hidden(self, lora: Any, base: Any, bins: Batch[jax.Array], attend: Attend) -> jax.Array:
-    """Final hidden states [B, T, D] of one step's bins."""
     tokens, positions, remat = bins.tokens_ZBT, bins.positions_ZBT, self.grpo.remat
+    lora = scaled(lora, self.lora_config) if lora else {}
     if self.is_looped:
       chunk = MLP_CHUNK if remat_name(remat) == "full" else 0
-      return looped_hidden(
+      hidden_BTD = looped_hidden(
         self._config, base, lora, tokens, positions, attend, remat=remat, mlp_chunk=chunk
       )
-    variables = {"params": base} | ({"lora": lora} if lora else {})
-    return Qwen(self._config, remat=remat).apply(variables, tokens, positions, attend)[0]
+    else:
+      variables = {"params": base} | ({"lora": lora} if lora else {})
+      model = Qwen(self._config, remat=remat)
+      hidden_BTD, _ = model.apply(variables, tokens, positions, attend)
+    return jnp.take_along_axis(hidden_BTD, bins.source_ZBU[..., None], axis=1)
 
-  def _score_batch(self, lora: Any, base: Any, batch: Batch[jax.Array]) -> jax.Array:
-    """Log-probs [Z, B, U] of the targets."""
-    steps = dataclasses.replace(batch, num_steps=None)
-    scalars = {"has_old": jnp.bool_(False), "total": jnp.float32(1)}
+  def _forward(
+    self, lora: Any, base: Any, bins: Batch[jax.Array], data: Any, scalars: Any, fn: Any = None
+  ) -> tuple[jax.Array, Any]:
+    """Loss and per-token aux of one step's bins (leaves [B, ...]); `fn` is the loss of a chunk."""
+    hidden_BUD = self._hidden(lora, base, bins)
+    data = data | {"target": bins.target_ZBU, "is_target": bins.is_target_ZBU}
+    kernel = jax.lax.stop_gradient(head_kernel(base))
+    fn, num_targets = fn or self._token_loss, bins.num_targets_Z
+    return head_loss(kernel, hidden_BUD, data, scalars, num_targets, fn, self.head_chunk)
 
-    def one(z, logp_ZBU):
-      bins = jax.tree.map(lambda x: x[z], steps)
-      zero = jnp.zeros(bins.target_ZBU.shape, jnp.float32)
-      data = {"advantage": zero, "old_logp": zero, "ref_logp": zero}
-      _, aux = self._forward(lora, base, bins, data, scalars)
-      return logp_ZBU.at[z].set(aux["logp"])
+  def _score_batch(
+    self, lora: Any, base: Any, batch: Batch[jax.Array], support_ZBUX: jax.Array | None = None
+  ) -> dict[str, jax.Array]:
+    """logp [Z, B, U] of the targets; kl_logp, the log-probs uncut, where the support is cut.
 
-    with jax.named_scope("bins"):
-      return jax.lax.fori_loop(0, batch.num_steps, one, jnp.zeros(batch.target_ZBU.shape))
+    `support_ZBUX` is the packed support of the old policy; None takes that of this one.
+    """
+    keeps = support_ZBUX is not None
+    fn = partial(grpo_token_loss, config=_SCORE, sampling=self.sampling, keeps_support=keeps)
+    scalars = {"has_old": jnp.bool_(keeps), "total": jnp.float32(1)}
+
+    def of_bins(x):
+      bins, data = x
+      zero = dict.fromkeys(("advantage", "old_logp", "weight"), jnp.zeros(bins.target_ZBU.shape))
+      aux = self._forward(lora, base, bins, data | zero, scalars, fn)[1]
+      return {k: x for k, x in aux.items() if k in ("logp", "kl_logp")}
+
+    data = {} if support_ZBUX is None else {"support": support_ZBUX}
+    return over_bins(of_bins, batch, data, room(batch, self.sampling))
 
   def _train_step(
     self, state: TrainState, base: Any, batch: Batch[jax.Array], data: Any, scalars: Any
@@ -271,113 +427,43 @@ class GRPOTrainer:
     self.traces += 1
     steps = dataclasses.replace(batch, num_steps=None)
     loss_and_grad = jax.value_and_grad(self._forward, has_aux=True)
+    if self.grpo.is_entropy_adaptive:
+      scalars = scalars | {"entropy_coef": entropy_coef_now(state.extra["entropy"], self.grpo)}
 
     def one(z, carry):
-      grads, sums, logp_ZBU = carry
+      grads, aux = carry
       bins, data_z = jax.tree.map(lambda x: x[z], (steps, data))
-      (loss, aux), new = loss_and_grad(state.lora, base, bins, data_z, scalars)
-      grads = jax.tree.map(jnp.add, grads, new)
-      new_sums = _token_sums(aux, data_z, bins.is_target_ZBU, scalars, self.grpo)
-      sums = jax.tree.map(jnp.add, sums, {"loss": loss, **new_sums})
-      return grads, sums, logp_ZBU.at[z].set(aux["logp"])
+      (_, new_aux), new = loss_and_grad(state.lora, base, bins, data_z, scalars)
+      return jax.tree.map(jnp.add, grads, new), put(aux, z, new_aux)
 
     zero = jax.tree.map(jnp.zeros_like, state.lora)
-    sums = dict.fromkeys(("loss", *_SUMS), jnp.float32(0))
     with jax.named_scope("bins"):
-      grads, sums, logp_ZBU = jax.lax.fori_loop(
-        0, batch.num_steps, one, (zero, sums, jnp.zeros(batch.target_ZBU.shape))
-      )
+      start = (zero, room(batch, self.sampling, self._support_bytes) | {"entropy": zeros(batch)})
+      grads, aux = jax.lax.fori_loop(0, batch.num_steps, one, start)
     grads, norm = clip_by_norm(grads, self.optim.grad_clip)
     updates, opt_state = self._optimizer.update(grads, state.opt_state, state.lora)
     key, _ = jax.random.split(state.key)
     lora = optax.apply_updates(state.lora, updates)
-    count = jnp.maximum(jnp.sum(batch.is_target_ZBU), 1)
-    metrics = {k: v / count for k, v in sums.items()}
-    metrics["loss"], metrics["policy_loss"] = (
-      sums["loss"],
-      sums["policy_loss"] / scalars["total"],
-    )
+    entropy_ZBU = aux.pop("entropy")
+    metrics = self._objective_metrics(aux, entropy_ZBU, batch, data, scalars)
     metrics |= {"grad_norm": norm, "learning_rate": learning_rate_at(self.optim, state.step)}
-    return TrainState(lora, opt_state, state.step + 1, key), logp_ZBU, metrics
+    extra = dict(state.extra)
+    if self.grpo.is_entropy_adaptive:
+      metrics["entropy_coef"] = extra["entropy"][0]
+      extra["entropy"] = adapt_entropy_coef(extra["entropy"], metrics["entropy"], self.grpo)
+    is_sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    metrics["nonfinite_steps"] = jnp.where(is_sound, 0.0, 1.0)
+    new = TrainState(lora, opt_state, state.step + 1, key, extra)
+    return keep_if(is_sound, new, state), aux, metrics
+
+  def _objective_metrics(
+    self, aux: Any, entropy_ZBU: jax.Array, batch: Batch[jax.Array], data: Any, scalars: Any
+  ) -> dict[str, jax.Array]:
+    """Loss and metrics of the whole batch from its log-probs."""
+    data = data | {"is_target": batch.is_target_ZBU}
+    data |= {"kl_logp": aux["kl_logp"]} if "kl_logp" in aux else {}
+    row_sum = make_row_sum(batch)
+    return objective(aux["logp"], entropy_ZBU, data, scalars, self.grpo, row_sum)[1]
 
 
-_SUMS = (
-  "policy_loss",
-  "entropy",
-  "kl",
-  "clip_ratio/low_mean",
-  "clip_ratio/high_mean",
-  "clip_ratio/region_mean",
-)
-
-
-def _token_sums(aux: dict, data: dict, is_target, scalars: dict, grpo: GRPOConfig) -> dict:
-  """Sums over target tokens of the quantities in `_SUMS`."""
-  old_logp = jnp.where(scalars["has_old"], data["old_logp"], aux["logp"])
-  advantage = data["advantage"]
-  loss, ratio = policy_terms(aux["logp"], old_logp, advantage, grpo)
-  is_low = (ratio < 1 - grpo.clip_low) & (advantage < 0)
-  is_high = (ratio > 1 + grpo.clip_high) & (advantage > 0)
-  kl = k3(aux["logp"], data["ref_logp"]) if grpo.beta else jnp.zeros_like(loss)
-  values = (loss, aux["entropy"], kl, is_low, is_high, is_low | is_high)
-  sums = [jnp.sum(jnp.where(is_target, v, 0.0)) for v in values]
-  return dict(zip(_SUMS, sums, strict=True))
-
-
-def rollout_metrics(
-  rollouts: Sequence[Rollout], advantage: str, std_eps: float
-) -> dict[str, float]:
-  """Reward and length metrics of rollouts that are not trained on."""
-  rewards, groups = [r.reward for r in rollouts], [r.group for r in rollouts]
-  return _rollout_metrics(rollouts, group_advantages(rewards, groups, advantage, std_eps))
-
-
-def _rollout_metrics(rollouts: Sequence[Rollout], advantages: Advantages) -> dict[str, float]:
-  """What is known before any forward pass."""
-  rewards = np.array([r.reward for r in rollouts], np.float64)[advantages.is_valid_B]
-  lengths = np.array([len(r.token_ids) for r in rollouts] or [0])
-  metrics = {
-    "reward": float(rewards.mean()) if len(rewards) else 0.0,
-    "reward_std": advantages.mean_std,
-    "frac_reward_zero_std": advantages.zero_std_share,
-    "completions/mean_length": float(lengths.mean()),
-    "completions/min_length": float(lengths.min()),
-    "completions/max_length": float(lengths.max()),
-    "completions/clipped_ratio": float(np.mean([r.truncated for r in rollouts] or [0.0])),
-  }
-  for part in sorted({name for r in rollouts for name in r.parts}):
-    values = [r.parts[part] for r in rollouts if part in r.parts and np.isfinite(r.parts[part])]
-    metrics[f"rewards/{part}/mean"] = float(np.mean(values)) if values else 0.0
-  return metrics
-
-
-def _targets(batch: Batch[np.ndarray], values_ZBU: np.ndarray):
-  """(row, column, value) of each target."""
-  keep = batch.is_target_ZBU
-  return zip(
-    batch.row_ZBU[keep].tolist(), batch.column_ZBU[keep].tolist(), values_ZBU[keep], strict=True
-  )
-
-
-def _sampling_metrics(
-  batch: Batch[np.ndarray], rollouts: Sequence[Rollout], old_logp_ZBU: np.ndarray
-) -> dict[str, float]:
-  """How far the sampler's recorded log-probs are from the learner's before the first step."""
-  diff = np.array(
-    [
-      logp - rollouts[row].logprobs[column]
-      for row, column, logp in _targets(batch, old_logp_ZBU)
-      if column < len(rollouts[row].logprobs)
-    ],
-    np.float64,
-  )
-  if not len(diff):
-    return {}
-  ratio = np.exp(diff)
-  return {
-    "sampling/sampling_logp_difference/mean": float(np.abs(diff).mean()),
-    "sampling/sampling_logp_difference/max": float(np.abs(diff).max()),
-    "sampling/importance_sampling_ratio/min": float(ratio.min()),
-    "sampling/importance_sampling_ratio/mean": float(ratio.mean()),
-    "sampling/importance_sampling_ratio/max": float(ratio.max()),
-  }
+_SCORE = GRPOConfig()  # of a pass that only wants log-probs

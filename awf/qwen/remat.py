@@ -36,9 +36,7 @@ def remat_name(value: bool | str) -> str:
   return name
 
 
-def remat_wrapper(
-  value: bool | str, lift: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+def remat_wrapper(value: bool | str, lift: Callable[..., Any] | None = None) -> Callable[..., Any]:
   """What to wrap a layer in: identity, or `lift` (None: jax.checkpoint) with the policy."""
   import jax  # configs are checked without it
 

@@ -1,4 +1,4 @@
-"""The one compiled program of the engine: prefill prompts, hand them to rows, decode some steps.
+"""The one compiled program of the engine: prefill prompts, then decode some steps.
 
 Host and device exchange one packed int32 row table and one packed result per dispatch; only shapes
 are static, so sampling fields, stop ids, seeds, lengths and work lists never compile anew.
@@ -15,7 +15,7 @@ import numpy as np
 
 from awf.qwen.config import QwenConfig
 from awf.qwen.model import Attend, Qwen, head
-from awf.sampler.cache import Cache, copy_chunks, decode_attend, prefill_attend
+from awf.sampler.cache import Cache, CacheSizes, Sharing, decode_attend, prefill_attend
 from awf.sampler.draw import draw, uniforms
 from awf.sampler.request import MAX_STOP_IDS
 from awf.types import ArrayT
@@ -36,45 +36,62 @@ class Shapes:
   """Everything that the program is compiled for, beside the model and the adapters' shapes."""
 
   rows: int  # decode rows
-  pool: int  # rows that hold prompts, after the decode rows; one more row behind them takes padding
-  chunks: int  # of the context
-  chunk: int  # keys of one chunk
+  pages: int  # of prompts; one more behind them takes padding
+  page: int  # tokens of a page
+  prompt_chunks: int  # pages of the longest prompt
+  chunks: int  # of the longest completion
+  chunk: int  # tokens of a chunk
   group: int  # neighbouring decode rows that share a trip count
+  share: int  # rows of one share group: they read a prompt's pages together
+  at_once: int  # share groups of one trip
   blocks: int  # prompt blocks of one prefill call
-  block: int  # tokens of one prompt block; divides chunk
+  block: int  # tokens of one prompt block; divides page
   calls: int  # most prefill calls of one dispatch
   steps: int  # most decode steps of one dispatch
   is_pinned: bool = False  # one memory layout of the cache in all parts, for TPUs
 
   def __post_init__(self) -> None:
-    if self.chunk % self.block:
-      raise ValueError(f"block ({self.block}) must divide chunk ({self.chunk})")
-    if self.rows % self.group:
-      raise ValueError(f"group ({self.group}) must divide rows ({self.rows})")
+    if self.page % self.block:
+      raise ValueError(f"block ({self.block}) must divide page ({self.page})")
+    for name in ("group", "at_once"):
+      if self.rows % getattr(self, name):
+        raise ValueError(f"{name} ({getattr(self, name)}) must divide rows ({self.rows})")
+
+  @property
+  def cache(self) -> CacheSizes:
+    """Sizes of the cache, with room for padding."""
+    rows = self.rows + self.is_pinned
+    return CacheSizes(self.pages + 1, self.page, rows, self.chunks, self.chunk)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Work(Generic[ArrayT]):
-  """What the host asks of one dispatch; every array has one fixed shape."""
+  """What the host asks of one dispatch; every array has one fixed shape. S = A = rows."""
 
   table_BX: ArrayT  # int32 [rows, NUM_COLUMNS]
   tokens_CPT: ArrayT  # int32 [calls, blocks, block], prompt tokens to prefill
-  place_CP3: ArrayT  # int32 [calls, blocks, 3]: cache row, first position, adapter
-  copies_X3: ArrayT  # int32 [rows * chunks, 3]: source row, target row, chunk
-  # int32 [4]: prefill calls, copies, decode steps, finished rows that end the loop early
+  place_CP3: ArrayT  # int32 [calls, blocks, 3]: prompt, first position, adapter
+  pages_SC: ArrayT  # int32 [rows, prompt_chunks], pages of each prompt
+  known_S: ArrayT  # int32 [rows], prefilled tokens of each prompt
+  rows_AM: ArrayT  # int32 [rows, share], rows of each share group
+  prompt_A: ArrayT  # int32 [rows], prompt of each share group
+  # int32 [4]: prefill calls, share groups, decode steps, finished rows that end the loop early
   counts_4: ArrayT
 
 
 def empty_work(shapes: Shapes) -> Work[np.ndarray]:
   """A Work that does nothing; all prefill blocks are padding."""
   place = np.zeros((shapes.calls, shapes.blocks, 3), np.int32)
-  place[..., 0] = shapes.rows + shapes.pool
+  place[..., 0] = shapes.rows
   return Work(
     np.zeros((shapes.rows, NUM_COLUMNS), np.int32),
     np.zeros((shapes.calls, shapes.blocks, shapes.block), np.int32),
     place,
-    np.zeros((shapes.rows * shapes.chunks, 3), np.int32),
+    np.full((shapes.rows, shapes.prompt_chunks), shapes.pages, np.int32),
+    np.zeros(shapes.rows, np.int32),
+    np.full((shapes.rows, shapes.share), shapes.rows, np.int32),
+    np.zeros(shapes.rows, np.int32),
     np.zeros(4, np.int32),
   )
 
@@ -113,10 +130,10 @@ def _prefill(
   model = Qwen(config)
 
   def call(i, cache):
-    row_P, start_P, adapter_P = (work.place_CP3[i, :, j] for j in range(3))
+    prompt_P, start_P, adapter_P = (work.place_CP3[i, :, j] for j in range(3))
     tokens_PT = work.tokens_CPT[i]
     position_PT = start_P[:, None] + jnp.arange(tokens_PT.shape[1], dtype=jnp.int32)[None]
-    attend = prefill_attend(row_P, start_P, shapes.is_pinned)
+    attend = prefill_attend(prompt_P, start_P, work.pages_SC, shapes.is_pinned)
     return _forward(model, (params, lora), tokens_PT, position_PT, attend, cache, adapter_P)[1]
 
   return jax.lax.fori_loop(0, work.counts_4[0], call, cache)
@@ -140,6 +157,7 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
   index_SB = column("made")[None] + jnp.arange(shapes.steps, dtype=jnp.int32)[:, None]
   uniform_SB = jax.vmap(uniforms, (None, None, 0))(seed_B2, column("sample"), index_SB)
   num_started = jnp.sum(column("status") == RUNNING)
+  sharing = Sharing(work.pages_SC, work.known_S, work.rows_AM, work.prompt_A, work.counts_4[1])
 
   def is_going(carry):
     i, _, rows, _ = carry
@@ -150,7 +168,9 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
   def step(carry):
     i, cache, rows, out_S2B = carry
     is_running_B = rows.status_B == RUNNING
-    attend = decode_attend(rows.position_B, is_running_B, shapes.group, shapes.is_pinned)
+    attend = decode_attend(
+      rows.made_B, is_running_B, sharing, shapes.group, shapes.at_once, shapes.is_pinned
+    )
     hidden_B1D, cache = _forward(
       model, (params, lora),
       rows.token_B[:, None], rows.position_B[:, None], attend, cache, column("adapter"),
@@ -181,7 +201,7 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
 
 
 def dispatch(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work: Work[jax.Array]):
-  """Prefills into the pool, copies prompts to their rows, decodes.
+  """Prefills prompts into their pages, then decodes.
 
   Returns:
     (cache, int32 [2 * steps + 3, B]: for each step ids and log-prob bits, then status, tokens made,
@@ -190,8 +210,6 @@ def dispatch(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, wor
   # The names tell the parts of the compiled program apart (awf.plan).
   with jax.named_scope("prefill"):
     cache = _prefill(config, shapes, params, lora, cache, work)
-  with jax.named_scope("share_prompts"):
-    cache = copy_chunks(cache, work.copies_X3, work.counts_4[1], shapes.is_pinned)
   with jax.named_scope("decode"):
     return _decode(config, shapes, params, lora, cache, work)
 

@@ -87,6 +87,11 @@ def support_threshold(scaled_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Arr
     return jax.lax.cond(jnp.any(top_p_B < 1), by_mass, lambda low_B: low_B, threshold_B)
 
 
+def support(scaled_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array) -> jax.Array:
+  """bool [B, V]: the tokens that `draw` can give; arguments as of `support_threshold`."""
+  return _ordered_bits(scaled_BV) >= support_threshold(scaled_BV, top_p_B, top_k_B)[:, None]
+
+
 def _inverse_cdf(weight_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
   """The token at which the running sum of weights passes uniform x total; never one of weight 0."""
   b, v = weight_BV.shape

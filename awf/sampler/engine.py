@@ -9,24 +9,27 @@ depends on another row.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
+from typing import Any
 
 import jax
 import numpy as np
 
 from awf.qwen.config import QwenConfig
-from awf.sampler.cache import init_cache
+from awf.sampler.cache import LayerCache, init_cache, token_bytes
 from awf.sampler.decode import Shapes, compile_dispatch
 from awf.sampler.request import Output, Request
 from awf.sampler.scheduler import Job, Scheduler
 
 __all__ = ["Engine", "Output", "Request"]
 
-CHUNK = 128  # keys of one attention chunk
-POOL_BYTES = 1 << 30  # the pool has as many rows as decode unless that takes more
+PAGE, CHUNK = 128, 64  # tokens of a prompt's page and of a completion's chunk
+TPU_WIDTH = 256  # of both: fewer and larger pieces of a decode step
+PROMPT_BYTES = 3 << 29  # pages for prompts: what all rows could need unless that is more
 
 
 def make_shapes(
@@ -36,28 +39,56 @@ def make_shapes(
   prefill_rows: int,
   steps: int,
   platform: str | None = None,
+  max_new_tokens: int = 0,
+  prompt_bytes: int = 0,
 ) -> Shapes:
-  """Compiled shapes of an engine; `platform` is the default backend unless named."""
+  """Compiled shapes of an engine.
+
+  Args:
+    config: architecture; its dtype is the cache's.
+    rows: completions decoded at once.
+    context: prompt + completion, tokens.
+    prefill_rows: prompt blocks of one prefill call.
+    steps: most decode steps of one dispatch.
+    platform: the default backend unless named.
+    max_new_tokens: of the longest completion; 0 is the context.
+    prompt_bytes: for the pages of prompts; 0 is as much as all rows could need, at most
+      PROMPT_BYTES. One prompt of full length always has room.
+  """
   platform = platform or jax.default_backend()
-  on_cpu = platform == "cpu"
-  chunks = -(-context // CHUNK)
+  on_cpu, on_tpu = platform == "cpu", platform == "tpu"
+  page, chunk = (TPU_WIDTH, TPU_WIDTH) if on_tpu else (PAGE, CHUNK)
+  prompt_chunks = -(-context // page)
+  own_chunks = -(-min(max_new_tokens or context, context) // chunk)
+  page_bytes = page * token_bytes(config)
+  pages = prompt_bytes // page_bytes or min(rows * prompt_chunks, PROMPT_BYTES // page_bytes)
   group = 16 if on_cpu and rows % 16 == 0 else rows
-  block = 32 if on_cpu else CHUNK
-  itemsize = np.dtype(config.dtype).itemsize if config.dtype != "bfloat16" else 2
-  row_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-  row_bytes *= chunks * CHUNK * itemsize
-  pool = max(prefill_rows, min(rows, POOL_BYTES // row_bytes))
-  calls = max(-(-chunks * CHUNK // (prefill_rows * block)), 32)
+  # Few rows of a group make no product slower on CPU, where each page is read from memory anyway.
+  share = min(rows, 4 if on_cpu else 8)
+  at_once = math.gcd(rows, 8 if on_cpu else 4)
+  block = 128
+  if on_cpu:
+    block = 64 if context >= 512 else 32
+  calls = max(-(-prompt_chunks * page // (prefill_rows * block)), 32)
   return Shapes(
-    rows, pool, chunks, CHUNK, group, prefill_rows, block, calls, steps, platform == "tpu"
+    rows=rows, pages=max(pages, prompt_chunks), page=page, prompt_chunks=prompt_chunks,
+    chunks=own_chunks, chunk=chunk, group=group, share=share, at_once=at_once,
+    blocks=prefill_rows, block=block, calls=calls, steps=steps, is_pinned=on_tpu,
+  )  # fmt: skip
+
+
+def cache_shardings(config: QwenConfig, mesh: jax.sharding.Mesh) -> Any:
+  """Key/value heads over `tensor` where it divides them, else the cache is whole everywhere.
+
+  Returns:
+    A tree of NamedSharding like the cache.
+  """
+  heads = "tensor" if config.num_key_value_heads % mesh.shape["tensor"] == 0 else None
+  prompt, own = (
+    jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(None,) * lead, heads))
+    for lead in (1, 2)
   )
-
-
-def cache_sharding(config: QwenConfig, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-  """Key/value heads over `tensor` where it divides them, else the cache is whole everywhere."""
-  split = config.num_key_value_heads % mesh.shape["tensor"] == 0
-  spec = jax.sharding.PartitionSpec(None, None, "tensor" if split else None)
-  return jax.sharding.NamedSharding(mesh, spec)
+  return (LayerCache(prompt, prompt, own, own),) * config.num_hidden_layers
 
 
 class Engine:
@@ -72,6 +103,8 @@ class Engine:
     context: int,
     prefill_rows: int,
     steps_per_dispatch: int,
+    max_new_tokens: int = 0,
+    prompt_bytes: int = 0,
     strict: bool = True,
     pad_id: int = 0,
     mesh: jax.sharding.Mesh | None = None,
@@ -85,6 +118,9 @@ class Engine:
       context: prompt + completion, tokens.
       prefill_rows: prompt blocks of one prefill call.
       steps_per_dispatch: decode steps between two looks at the queue.
+      max_new_tokens: of the longest completion, for which each row keeps room; 0 is the context.
+      prompt_bytes: for keys and values of prompts, shared and kept for later requests; 0 is as much
+        as all rows could need, within reason.
       strict: bit-equal rows whatever their neighbours.
       pad_id: token of unused places; never visible to any row.
       mesh: mesh that `params` lie on; the cache is split by key/value heads over `tensor`, else
@@ -99,7 +135,9 @@ class Engine:
       if value < 1:
         raise ValueError(f"{name}: expected a positive number, got {value}: config.sampler.{name}")
     self.config, self.context, self.strict, self.pad_id = config, context, strict, pad_id
-    self.shapes = make_shapes(config, rows, context, prefill_rows, steps_per_dispatch)
+    self.shapes = make_shapes(
+      config, rows, context, prefill_rows, steps_per_dispatch, None, max_new_tokens, prompt_bytes
+    )
     self.num_traces = 0
     self._params, self._mesh = params, mesh
     self._cache = self._make_cache()
@@ -125,11 +163,11 @@ class Engine:
     s = self.shapes
 
     def make():
-      return init_cache(self.config, s.rows + s.pool + 1, s.chunks, s.chunk)
+      return init_cache(self.config, s.cache)
 
     if self._mesh is None:
       return jax.jit(make)()
-    return jax.jit(make, out_shardings=cache_sharding(self.config, self._mesh))()
+    return jax.jit(make, out_shardings=cache_shardings(self.config, self._mesh))()
 
   @property
   def mesh(self) -> jax.sharding.Mesh | None:
@@ -172,6 +210,7 @@ class Engine:
       "prompt_hits": s.prompt_hits,
       "prompt_misses": s.prompt_misses,
       "prefill_tokens": s.prefill_tokens,
+      "reused_tokens": s.reused_tokens,
       "busy_seconds": self._busy_seconds,
       "running": s.num_running,
       "waiting": len(s.pending) + len(self._inbox),
@@ -209,11 +248,20 @@ class Engine:
       self._ready.notify()
 
   def check(self, request: Request) -> None:
-    """Raises ValueError for ids outside the vocabulary or an adapter that is not set."""
+    """Raises ValueError for what no wait can make possible.
+
+    That is ids outside the vocabulary, an adapter that is not set, more tokens than a row holds.
+    """
     lora = self._adapters[self._version]
     count = 0 if lora is None else jax.tree.leaves(lora)[0].shape[0]
     if not 0 <= request.adapter <= count:
       raise ValueError(f"adapter: expected 0 (base) to {count}, got {request.adapter}")
+    room = self.shapes.chunks * self.shapes.chunk
+    if min(request.max_new_tokens, self.context - len(request.prompt_ids)) > room:
+      raise ValueError(
+        f"max_new_tokens: expected at most {room}, got {request.max_new_tokens}: "
+        "config.sampler.max_new_tokens"
+      )
     for name, ids in (("prompt_ids", request.prompt_ids), ("stop_ids", request.stop_ids)):
       if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
         raise ValueError(f"{name}: expected ids in [0, {self.config.vocab_size}), got {ids}")

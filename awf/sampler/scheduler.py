@@ -1,8 +1,7 @@
-"""Host side of the engine: which completion sits in which row, which prompts are in the pool.
+"""Host side of the engine: which completion sits in which row, what is prefilled when.
 
-Pure Python and NumPy, one thread. A prompt is prefilled once into a pool row (all its tokens but
-the last, which is the first token of the decode) and copied from there to the rows of its
-completions; the pool keeps it for later requests, least recently used first out. None of these
+Pure Python and NumPy, one thread. A prompt is prefilled once, a limited number of tokens in each
+dispatch while rows decode; the rows of its completions read its pages in groups. None of these
 choices changes a bit of any completion.
 """
 
@@ -25,9 +24,10 @@ from awf.sampler.decode import (
   float_bits,
   unpack,
 )
+from awf.sampler.pages import PageTable, Prompt, PromptKey
 from awf.sampler.request import MAX_STOP_IDS, Output, Request
 
-PromptKey = tuple[tuple[int, ...], int, int | None]  # prompt ids, adapter, version
+STALL_TOKENS = 2048  # most prompt tokens of a dispatch in which rows decode
 
 
 @dataclasses.dataclass
@@ -55,23 +55,23 @@ class Sequence:
 
   job: Job
   sample: int
+  prompt: Prompt | None = None  # while it has a row
   token_ids: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
 
 
 class Scheduler:
-  """Tables of rows, pool and queue."""
+  """Tables of rows, prompts and queue."""
 
   def __init__(self, shapes: Shapes, context: int):
     self.shapes, self.context = shapes, context
     self.pending: collections.deque[Sequence] = collections.deque()
     self.rows: list[Sequence | None] = [None] * shapes.rows
-    self.pool: collections.OrderedDict[PromptKey, int] = collections.OrderedDict()
-    self.free_pool = list(range(shapes.rows, shapes.rows + shapes.pool))
+    self.pages = PageTable(shapes.pages, shapes.page)
+    self.unready: collections.deque[Prompt] = collections.deque()  # in order of admission
     self.version = 0  # of the adapters that running rows use
-    self.prompt_hits = self.prompt_misses = self.prefill_tokens = 0
+    self.prompt_hits = self.prompt_misses = self.prefill_tokens = self.reused_tokens = 0
     self.table_BX = empty_work(shapes).table_BX
-    self._block_arange = np.arange(shapes.block)
 
   @property
   def num_running(self) -> int:
@@ -84,75 +84,56 @@ class Scheduler:
   def plan(self) -> Work[np.ndarray] | None:
     """Admits what fits and lists the device's work; None when there is nothing to do."""
     work = empty_work(self.shapes)
-    blocks: list[tuple[int, int, int, tuple[int, ...]]] = []  # (start, cache row, adapter, tokens)
-    copies: list[tuple[int, int, int]] = []
-    in_use: set[int] = set()  # pool rows that this dispatch reads or writes
-    is_full = False
-    while self.pending and not is_full:
-      sequence = self.pending[0]
-      is_full = not self._admit(sequence, blocks, copies, in_use)
-      if not is_full:
-        self.pending.popleft()
-    if not self.num_running:
+    is_decoding = bool(np.any(self.table_BX[:, COLUMN["status"]] == RUNNING))
+    while self.pending and self._admit(self.pending[0]):
+      self.pending.popleft()
+    if not (self.num_running or self.unready):
       return None
-    self._list_blocks(work, blocks)
-    if copies:
-      work.copies_X3[: len(copies)] = copies
+    slots: dict[Prompt, int] = {}
+    calls = self._list_blocks(work, slots, is_decoding)
+    for row, sequence in enumerate(self.rows):
+      if sequence is not None and sequence.prompt is not None and sequence.prompt.is_ready:
+        self.table_BX[row, COLUMN["status"]] = RUNNING
+    groups = self._list_groups(work, slots)
     work.table_BX = self.table_BX
-    steps, early = self._decode_budget(bool(in_use))
-    calls = -(-len(blocks) // self.shapes.blocks)
-    work.counts_4[:] = (calls, len(copies), steps, early)
+    work.counts_4[:] = (calls, groups, *self._decode_budget(calls > 0))
     return work
 
-  def _decode_budget(self, is_admitting: bool) -> tuple[int, int]:
+  def _decode_budget(self, is_filling: bool) -> tuple[int, int]:
     """(decode steps, finished rows that end them early): short turns while rows stand empty.
 
-    A turn that admitted nothing always decodes: what is pending may wait for running rows to end.
+    A turn that filled nothing always decodes: what is pending may wait for running rows to end.
     """
-    rows, running = self.shapes.rows, self.num_running
-    if self.pending and is_admitting and running < rows // 2:
+    rows = self.shapes.rows
+    running = int(np.sum(self.table_BX[:, COLUMN["status"]] == RUNNING))
+    is_short = bool(self.pending or self.unready)
+    if is_short and is_filling and running < rows // 2:
       return 0, rows + 1  # prompts of one dispatch are limited; fill the rows first
     steps = self.shapes.steps if running > rows // 2 else max(1, self.shapes.steps // 4)
-    return steps, max(1, rows // 8) if self.pending else rows + 1
+    return steps, max(1, rows // 8) if is_short else rows + 1
 
-  def _admit(self, sequence, blocks, copies, in_use) -> bool:
-    job, shapes = sequence.job, self.shapes
+  def _admit(self, sequence: Sequence) -> bool:
+    """Gives a completion a row and its prompt's pages, if there are any."""
+    job = sequence.job
     row = self._choose_row(job)
     if row is None or not self._fits_adapters(job):
       return False
-    known = len(job.request.prompt_ids) - 1
-    source = self.pool.get(job.prompt_key)
-    if source is None:
-      need = -(-known // shapes.block)
-      if len(blocks) + need > shapes.calls * shapes.blocks:
-        return False
-      source = self._claim_pool_row(job.prompt_key, in_use)
-      if source is None:
-        return False
-      for start in range(0, known, shapes.block):
-        tokens = job.request.prompt_ids[start : min(start + shapes.block, known)]
-        blocks.append((start, source, job.request.adapter, tokens))
+    prompt = self.pages.acquire(job.prompt_key)
+    if prompt is None:
+      return False
+    is_new = prompt.readers == 1
+    if is_new and (not prompt.is_ready or not prompt.known):
       self.prompt_misses += 1
-      self.prefill_tokens += known
+      self.prefill_tokens += prompt.known - prompt.next_token
+      self.reused_tokens += prompt.next_token
     else:
       self.prompt_hits += 1
-    self.pool.move_to_end(job.prompt_key)
-    in_use.add(source)
-    copies.extend((source, row, c) for c in range(-(-known // shapes.chunk)))
+    if is_new and not prompt.is_ready:
+      prompt.readers += 1  # until all of it is prefilled, whatever becomes of the completion
+      self.unready.append(prompt)
+    sequence.prompt = prompt
     self._start_row(row, sequence)
     return True
-
-  def _claim_pool_row(self, key: PromptKey, in_use: set[int]) -> int | None:
-    """A pool row for a new prompt: a free one, else the least recently used one not in use."""
-    if self.free_pool:
-      self.pool[key] = self.free_pool.pop()
-      return self.pool[key]
-    for old, row in self.pool.items():
-      if row not in in_use:
-        del self.pool[old]
-        self.pool[key] = row
-        return row
-    return None
 
   def _fits_adapters(self, job: Job) -> bool:
     """Rows with other adapters' weights must end before the first row with new ones starts."""
@@ -161,13 +142,12 @@ class Scheduler:
     if any(s is not None and s.job.version is not None for s in self.rows):
       return False
     self.version = job.version
-    for key in [k for k in self.pool if k[2] not in (None, job.version)]:
-      self.free_pool.append(self.pool.pop(key))
+    self.pages.forget(job.version)
     return True
 
   def _choose_row(self, job: Job) -> int | None:
-    """A free row in the group whose longest row is nearest in length: it shares a trip count."""
-    length = len(job.request.prompt_ids) + job.request.max_new_tokens // 2
+    """A free row in the group whose longest completion is nearest: it shares a trip count."""
+    length = job.request.max_new_tokens // 2
     best, best_cost = None, None
     group = self.shapes.group
     for first in range(0, self.shapes.rows, group):
@@ -176,7 +156,7 @@ class Scheduler:
         if self.rows[row] is None:
           free = row if free is None else free
         else:
-          longest = max(longest, int(self.table_BX[row, COLUMN["position"]]))
+          longest = max(longest, int(self.table_BX[row, COLUMN["made"]]))
       if free is None:
         continue
       cost = abs(longest - length) if longest else 0
@@ -189,7 +169,7 @@ class Scheduler:
     known = len(request.prompt_ids) - 1
     limit = min(request.max_new_tokens, self.context - known - 1)
     values = {
-      "status": RUNNING,
+      "status": IDLE,  # until its prompt is there
       "token": request.prompt_ids[-1],
       "position": known,
       "made": 0,
@@ -211,22 +191,76 @@ class Scheduler:
     line[COLUMN["stop"] :] = stops + (-1,) * (MAX_STOP_IDS - len(stops))
     self.rows[row] = sequence
 
-  def _list_blocks(self, work: Work[np.ndarray], blocks) -> None:
-    """Fills the prefill calls in order of position: a block never comes before its prefix."""
+  def _list_blocks(self, work: Work[np.ndarray], slots: dict[Prompt, int], slow: bool) -> int:
+    """Fills prefill calls from the oldest prompts on; returns how many there are.
+
+    In order of position, so that a block never comes before its beginning.
+    """
+    shapes = self.shapes
+    calls = shapes.calls
+    if slow:
+      calls = min(calls, max(1, STALL_TOKENS // (shapes.blocks * shapes.block)))
+    room = calls * shapes.blocks
+    blocks: list[tuple[int, int, Prompt]] = []  # (start, slot, prompt)
+    while self.unready and len(blocks) < room:
+      prompt = self.unready[0]
+      slot = self._slot(work, slots, prompt)
+      if slot is None:
+        break
+      while prompt.next_token < prompt.known and len(blocks) < room:
+        blocks.append((prompt.next_token, slot, prompt))
+        prompt.next_token = min(prompt.next_token + shapes.block, prompt.known)
+      if prompt.next_token >= prompt.known:
+        self.pages.finish(prompt)
+        self.unready.popleft()
+        self.pages.release(prompt)
     blocks.sort(key=lambda block: block[0])
-    for i, (start, row, adapter, tokens) in enumerate(blocks):
-      call, slot = divmod(i, self.shapes.blocks)
-      work.place_CP3[call, slot] = row, start, adapter
-      work.tokens_CPT[call, slot, : len(tokens)] = tokens
+    for i, (start, slot, prompt) in enumerate(blocks):
+      call, place = divmod(i, shapes.blocks)
+      ids, adapter, _ = prompt.key
+      tokens = ids[start : min(start + shapes.block, prompt.known)]
+      work.place_CP3[call, place] = slot, start, adapter
+      work.tokens_CPT[call, place, : len(tokens)] = tokens
+    return -(-len(blocks) // shapes.blocks)
+
+  def _slot(self, work: Work[np.ndarray], slots: dict[Prompt, int], prompt: Prompt) -> int | None:
+    """The prompt's line in the dispatch's tables; None when all are taken."""
+    if prompt not in slots:
+      if len(slots) == self.shapes.rows:
+        return None
+      slots[prompt] = slot = len(slots)
+      work.pages_SC[slot, : len(prompt.pages)] = prompt.pages
+      work.known_S[slot] = prompt.known
+    return slots[prompt]
+
+  def _list_groups(self, work: Work[np.ndarray], slots: dict[Prompt, int]) -> int:
+    """Puts running rows of equal prompts into share groups, long prompts first."""
+    rows: dict[Prompt, list[int]] = {}
+    for row, sequence in enumerate(self.rows):
+      if self.table_BX[row, COLUMN["status"]] == RUNNING and sequence and sequence.prompt:
+        rows.setdefault(sequence.prompt, []).append(row)
+    group, share = 0, self.shapes.share
+    for prompt in sorted(rows, key=lambda p: -p.known):
+      if not prompt.known:
+        continue
+      slot = self._slot(work, slots, prompt)
+      if slot is None:
+        raise RuntimeError("more running prompts than rows")
+      for first in range(0, len(rows[prompt]), share):
+        some = rows[prompt][first : first + share]
+        work.rows_AM[group, : len(some)] = some
+        work.prompt_A[group] = slot
+        group += 1
+    return group
 
   def harvest(self, packed: np.ndarray) -> list[tuple[Job, list[Output]]]:
     """Takes over one dispatch's result; returns the jobs that are complete now, with answers."""
     ids_SB, logp_SB, status_B, made_B, steps = unpack(packed, self.shapes.steps)
     done = []
     for row, sequence in enumerate(self.rows):
-      if sequence is None:
-        continue
       line = self.table_BX[row]
+      if sequence is None or line[COLUMN["status"]] != RUNNING:
+        continue
       made = int(made_B[row]) - int(line[COLUMN["made"]])
       if made:
         sequence.token_ids += ids_SB[:made, row].tolist()
@@ -235,8 +269,7 @@ class Scheduler:
         line[COLUMN["position"]] += made
         line[COLUMN["made"]] += made
       if status_B[row] != RUNNING:
-        self.rows[row] = None
-        line[COLUMN["status"]] = IDLE
+        self._free_row(row)
         job = sequence.job
         reason = "stop" if status_B[row] == STOPPED else "length"
         job.outputs[sequence.sample] = Output(
@@ -246,3 +279,10 @@ class Scheduler:
         if answer is not None:
           done.append((job, answer))
     return done
+
+  def _free_row(self, row: int) -> None:
+    sequence, self.rows[row] = self.rows[row], None
+    self.table_BX[row, COLUMN["status"]] = IDLE
+    if sequence is not None and sequence.prompt is not None:
+      self.pages.release(sequence.prompt)
+      sequence.prompt = None

@@ -176,8 +176,7 @@ class Sandbox:
         "config.sandbox.allow_weak only if that is meant to be so"
       )
     attempts = result.value if isinstance(result.value, dict) else {}
-    details = {key: value for key, value in hello.items() if key not in ("op", "layers")}
-    return ProbeReport(dict(hello["layers"]), details, attempts)
+    return ProbeReport(dict(hello["layers"]), attempts)
 
   async def run(self, job: Job, handler: Handler | None = None) -> JobResult:
     """Runs one job; any number of them at once, from any event loop.

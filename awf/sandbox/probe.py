@@ -29,12 +29,10 @@ class ProbeReport:
 
   Attributes:
     layers: kernel layers by name, whether each is on.
-    details: versions and names behind them.
     attempts: what a jailed job tried, with "refused: ..." or "possible".
   """
 
   layers: dict[str, bool]
-  details: dict[str, Any]
   attempts: dict[str, str]
 
   @property
@@ -48,10 +46,6 @@ class ProbeReport:
   def strong(self) -> bool:
     """Whether model-written code may run here."""
     return not self.missing
-
-  def as_dict(self) -> dict[str, Any]:
-    """JSON form, for the run's record."""
-    return {**dataclasses.asdict(self), "missing": list(self.missing), "strong": self.strong}
 
   def summary(self) -> str:
     """One line for the log."""

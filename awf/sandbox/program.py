@@ -208,8 +208,7 @@ def run_program(payload: dict[str, Any], call: Any) -> dict[str, Any]:
   """Executes a program and calls one function of it.
 
   Args:
-    payload: "source"; "function" (default "solve"); "args" (default none), encoded by
-      `encode_value`.
+    payload: "source"; "function" (default "solve"), called without arguments.
 
   Returns:
     "value" (plain JSON, None when it has no such form), "text" (`str` of it, capped), "stdout".
@@ -222,7 +221,7 @@ def run_program(payload: dict[str, Any], call: Any) -> dict[str, Any]:
   previous, sys.stdout = sys.stdout, stdout
   try:
     function = find_function(load(payload["source"]), payload.get("function", "solve"))
-    value = function(*(decode_value(a) for a in payload.get("args", ())))
+    value = function()
   finally:
     sys.stdout = previous
   text = text_of(value)
@@ -239,20 +238,6 @@ def _crosses(value: Any) -> bool:
     return len(encode({"v": value})) <= MAX_VALUE_BYTES
   except FrameError:
     return False
-
-
-def run_calls(payload: dict[str, Any], call: Any) -> dict[str, Any]:
-  """Calls one function on many inputs; the parent compares the outputs with what it expects.
-
-  Args:
-    payload: "source", "function", "inputs" (a list of argument lists, encoded by `encode_value`).
-
-  Returns:
-    "outputs": one {"value": encoded} or {"error": one line} per input.
-  """
-  del call
-  function = find_function(load(payload["source"]), payload["function"])
-  return {"outputs": [_answer(function, arguments, {}) for arguments in payload["inputs"]]}
 
 
 def _answer(function: Any, arguments: list[Any], named: dict[str, Any]) -> dict[str, Any]:

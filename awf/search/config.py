@@ -33,6 +33,7 @@ class SearchConfig:
   dataset: str  # AFlow's folder name, for example GSM8K
   question_type: str = "math"  # qa, math, code
   group_size: int = 8  # config.grpo.group_size: children proposed for one parent
+  refill: int = 0  # config.grpo.refill: groups a round that are drawn again for want of a spread
   selection: str = "aflow"
   rounds: int = 10
   parents: int = 4
@@ -83,6 +84,7 @@ class SearchConfig:
     reward: Mapping[str, Any],
     *,
     group_size: int,
+    refill: int = 0,
     dataset: str,
     question_type: str,
   ) -> SearchConfig:
@@ -93,6 +95,7 @@ class SearchConfig:
       dataset=dataset,
       question_type=question_type,
       group_size=group_size,
+      refill=refill,
       reward=RewardConfig(**dict(reward)),
       **fields,
     )

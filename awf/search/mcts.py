@@ -197,6 +197,7 @@ class MCTSOptimizer:
     verdicts: dict[str, asyncio.Task[Verdict]] = {}
     try:
       groups = await gather_all(self._run_slot(slot, common, verdicts) for slot in slots)
+      groups += await self._refill(draft.round, slots, groups, common, verdicts)
     finally:
       await rounds.settle(verdicts.values())
     children = [child for group in groups for child in group]
@@ -213,6 +214,9 @@ class MCTSOptimizer:
       return
     if self.workspace.is_foreign():
       self._adopt()
+    elif not self._state.events:
+      events = tuple(self.workspace.adopted())
+      self._state = SearchState(events, replay(events))
     self.workspace.prepare(self._state.events, self.tree)
     self._prepared = True
 
@@ -291,6 +295,26 @@ class MCTSOptimizer:
       )
     jobs = (self._judge(slot, i, c, common, verdicts) for i, c in enumerate(completions))
     return await gather_all(jobs)
+
+  async def _refill(
+    self,
+    round: int,
+    slots: Sequence[Slot],
+    groups: Sequence[Sequence[Child]],
+    common: Sequence[Problem],
+    verdicts: dict[str, asyncio.Task[Verdict]],
+  ) -> list[list[Child]]:
+    """Second groups for parents whose proposals all earned the same; at most config.refill a round.
+
+    Source: dynamic sampling of DAPO, arXiv:2503.14476, section 3.2, with a budget.
+    """
+    again = []
+    for slot, group in zip(slots, groups, strict=True):
+      rewards = {rounds.reward_of(c, self.config.reward)[0] for c in group if not c.lost}
+      if len(rewards) == 1 and len(again) < self.config.refill:
+        key = stable_hash(self.seed, "refill", round, slot.parent.id, slot.index)
+        again.append(dataclasses.replace(slot, group=f"{slot.group}/again", key=key))
+    return await gather_all(self._run_slot(slot, common, verdicts) for slot in again)
 
   async def _judge(
     self,

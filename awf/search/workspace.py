@@ -181,6 +181,23 @@ class Workspace:
     """Whether AFlow evaluated rounds here and no search of ours did."""
     return not self.journal.exists() and bool(_load(self.path / "results.json"))
 
+  def adopted(self) -> list[dict[str, Any]]:
+    """The journal's events of rounds that AFlow evaluated; they come before any round of ours.
+
+    A search that ended before its first checkpoint has them nowhere else.
+    """
+    if not self.journal.is_file():
+      return []
+    events: list[dict[str, Any]] = []
+    for line in self.journal.read_text(encoding="utf-8").splitlines(keepends=True):
+      if not line.endswith("\n"):
+        break  # cut off by a crash
+      event = json.loads(line)
+      if "round" in event:
+        break
+      events.append(event)
+    return events
+
   def adopt(self, problems: Sequence[Problem]) -> list[Node]:
     """Reads the rounds that AFlow evaluated, seed first, so that the search can go on from them.
 

@@ -129,8 +129,6 @@ OPERATORS_BY_TYPE: dict[str, tuple[str, ...]] = {
   "code": ("Custom", "CustomCodeGenerate", "ScEnsemble", "Test"),
 }
 
-DATASETS = ("HumanEval", "MBPP", "GSM8K", "MATH", "HotpotQA", "DROP", "LiveCodeBench", "AIME")
-
 # Names that a graph uses without importing them.
 PROVIDED_NAMES = (
   "operator",

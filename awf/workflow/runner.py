@@ -84,6 +84,14 @@ class Shared(Generic[_V]):
           del self._tasks[key]
         task.cancel()
 
+  def kept(self, choose: Callable[[_V], bool]) -> list[tuple[Any, _V]]:
+    """Keys and values that may serve later requests, as far as `choose` wants them."""
+    return [(key, value) for key, value in self._values.items() if choose(value)]
+
+  def put(self, key: Hashable, value: _V) -> None:
+    """A value that serves later requests without work."""
+    self._values[key] = value
+
   async def _work(self, key: Hashable, make: Callable[[], Awaitable[_V]]) -> _V:
     value = await make()
     if self._keep(value):
@@ -185,6 +193,20 @@ class WorkflowRunner:
       "cached_calls": self._replies.hits,
       "cached_programs": self._programs.hits,
     }
+
+  def state_dict(self) -> dict[str, list[Any]]:
+    """What ended at a limit of time, as JSON: run again it might end another way."""
+    return {
+      "results": [[list(k), dataclasses.asdict(v)] for k, v in self._results.kept(_is_timeout)],
+      "programs": [[k, dataclasses.asdict(v)] for k, v in self._programs.kept(_is_timeout)],
+    }
+
+  def load_state_dict(self, state: dict[str, list[Any]]) -> None:
+    """Puts back what `state_dict` gave; it is not run again."""
+    for key, row in state["results"]:
+      self._results.put(tuple(key), WorkflowResult(**{**row, "failure": Failure(**row["failure"])}))
+    for key, row in state["programs"]:
+      self._programs.put(key, JobResult(**{**row, "failure": Failure(**row["failure"])}))
 
   async def _run(self, source: WorkflowSource, problem: Problem, text: str) -> WorkflowResult:
     loop = asyncio.get_running_loop()
@@ -323,6 +345,10 @@ class WorkflowRunner:
 
 def _is_infrastructure(result: WorkflowResult | JobResult) -> bool:
   return result.failure is not None and result.failure.kind == "infrastructure"
+
+
+def _is_timeout(result: WorkflowResult | JobResult) -> bool:
+  return result.failure is not None and result.failure.kind == "timeout"
 
 
 def _source_fault(source: WorkflowSource) -> str:

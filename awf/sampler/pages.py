@@ -1,0 +1,133 @@
+"""Which pages of the cache hold which prompts: shared beginnings, reference counts, eviction.
+
+Pure Python. A page holds some tokens of a prompt and is named by what stands before it, the tokens
+themselves and the adapter that made it, so prompts that begin alike share pages up to the first
+difference (counted in whole pages). A page that nobody reads stays until its place is needed; the
+least recently used goes first, and never before the pages that follow it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import NamedTuple
+
+PromptKey = tuple[tuple[int, ...], int, int | None]  # prompt ids, adapter, version
+_Root = tuple[int, int | None]  # adapter, version
+
+
+class _Name(NamedTuple):
+  root: _Root
+  parent: int  # page before it, -1 for the first
+  tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class _Page:
+  index: int
+  name: _Name
+  readers: int = 0
+  is_filled: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class Prompt:
+  """A prompt whose pages are held for as long as it has readers."""
+
+  key: PromptKey
+  pages: list[int]
+  known: int  # tokens in the pages: all but the last, which is the first that decode reads
+  next_token: int  # first that this prompt has still to prefill; `known` when none is
+  is_ready: bool  # all is prefilled, what others were to prefill included
+  readers: int = 1
+
+
+class PageTable:
+  """Places prompts on `count` pages of `width` tokens."""
+
+  def __init__(self, count: int, width: int):
+    self.width = width
+    self._free = list(range(count))[::-1]
+    self._pages: collections.OrderedDict[_Name, _Page] = collections.OrderedDict()
+    self._by_index: dict[int, _Page] = {}
+    self._live: dict[PromptKey, Prompt] = {}
+
+  @property
+  def num_held(self) -> int:
+    """Pages that hold tokens, read or not."""
+    return len(self._pages)
+
+  def acquire(self, key: PromptKey) -> Prompt | None:
+    """The prompt with one reader more; None when there is no place for it now.
+
+    Of one that is not ready, tokens from `next_token` on are not in their pages yet: the caller
+    sees to that, prompt by prompt in the order in which it got them, and then calls `finish`.
+    """
+    prompt = self._live.get(key)
+    if prompt is not None:
+      prompt.readers += 1
+      return prompt
+    ids, *root = key
+    known = len(ids) - 1
+    held: list[_Page] = []
+    there = 0  # tokens found
+    for start in range(0, known, self.width):
+      name = _Name(
+        (root[0], root[1]), held[-1].index if held else -1, ids[start:known][: self.width]
+      )
+      page = self._pages.get(name) if there == start else None
+      if page is not None:
+        there += len(name.tokens)
+      else:
+        page = self._claim(name)
+      if page is None:
+        self._undo(held, there)
+        return None
+      page.readers += 1
+      held.append(page)
+    for page in reversed(held):  # the first page is the most recent: it is evicted last
+      self._pages.move_to_end(page.name)
+    is_ready = all(page.is_filled for page in held)
+    self._live[key] = Prompt(key, [page.index for page in held], known, there, is_ready)
+    return self._live[key]
+
+  def finish(self, prompt: Prompt) -> None:
+    """All tokens of the prompt are in its pages now."""
+    prompt.is_ready = True
+    for index in prompt.pages:
+      self._by_index[index].is_filled = True
+
+  def release(self, prompt: Prompt) -> None:
+    """One reader less; the pages of a prompt without readers may be taken by others."""
+    prompt.readers -= 1
+    if prompt.readers == 0:
+      del self._live[prompt.key]
+      for index in prompt.pages:
+        self._by_index[index].readers -= 1
+
+  def forget(self, version: int | None) -> None:
+    """Frees the pages that adapters of other versions made; those still read go later."""
+    for page in [p for p in self._pages.values() if p.name.root[1] not in (None, version)]:
+      if not page.readers:
+        self._evict(page)
+
+  def _claim(self, name: _Name) -> _Page | None:
+    if not self._free:
+      unread = next((page for page in self._pages.values() if not page.readers), None)
+      if unread is None:
+        return None
+      self._evict(unread)
+    page = _Page(self._free.pop(), name)
+    self._pages[name] = self._by_index[page.index] = page
+    return page
+
+  def _undo(self, held: list[_Page], there: int) -> None:
+    """Takes back a try that found no place; what it had claimed holds nothing."""
+    for i, page in enumerate(held):
+      page.readers -= 1
+      if i * self.width >= there:
+        self._evict(page)
+
+  def _evict(self, page: _Page) -> None:
+    del self._pages[page.name], self._by_index[page.index]
+    self._free.append(page.index)

@@ -1,0 +1,74 @@
+"""What a run of train or search says at its end, and keeps in summary.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from awf.metrics import write_atomic
+
+
+def about_best(search: Any) -> dict[str, Any]:
+  """The best node of a search and the seed's score, as kept in checkpoints and best.json."""
+  best = search.best()
+  return {
+    "graph": best.source.graph,
+    "prompt": best.source.prompt,
+    "score": best.score,
+    "node": best.id,
+    "modification": best.modification,
+    "seed_score": search.tree.nodes[1].score,
+  }
+
+
+def write_summary(workdir: Any, summary: dict[str, Any], comparison: dict[str, Any]) -> None:
+  """Keeps the figures of a complete run; the file is there whole or not at all."""
+  text = json.dumps({"comparison": comparison, **summary}, indent=2)
+  write_atomic(_path(workdir), text + "\n")
+
+
+def read_summary(workdir: Any) -> dict[str, Any] | None:
+  """The figures of a complete run, without the comparison's details; None when there are none."""
+  if not _path(workdir).is_file():
+    return None
+  summary = json.loads(_path(workdir).read_text(encoding="utf-8"))
+  summary.pop("comparison")
+  return summary
+
+
+def drop_summary(workdir: Any) -> None:
+  """Takes away the figures of a run that goes on."""
+  _path(workdir).unlink(missing_ok=True)
+
+
+def _path(workdir: Any) -> Path:
+  return Path(workdir / "summary.json")
+
+
+def closing_lines(summary: dict[str, Any], workdir: Any) -> list[str]:
+  """What was learned and where everything is, for people."""
+  lines = [
+    f"best workflow: {summary['best_score']:.3f} on validation (seed {summary['seed_score']:.3f}), "
+    f"{summary['test_score_best']:.3f} on test (seed {summary['test_score_seed']:.3f})"
+  ]
+  if summary.get("proposal_score_after") is not None:
+    low, high = summary["proposal_gain_interval"]
+    lines.append(
+      f"the policy's proposals for {summary['parents']} held-out parents: "
+      f"{summary['proposal_score_before']:.3f} before training, "
+      f"{summary['proposal_score_after']:.3f} after "
+      f"(gain 95 % interval {low:+.3f} to {high:+.3f}); "
+      f"valid {summary['valid_rate_first']:.2f} -> {summary['valid_rate_last']:.2f}; "
+      f"different programs in 64: {summary['different_in_64_before']} -> "
+      f"{summary['different_in_64_after']}"
+    )
+  lines += [
+    f"{summary['updates']} updates in {summary['rounds']} rounds, "
+    f"{summary['llm_calls']} model calls, "
+    f"{summary['wall_seconds']:.0f} s",
+    f"report: {workdir / 'report.html'}",
+    f"best workflow: {summary['best_workflow']}",
+    f"TensorBoard: tensorboard --logdir {workdir / 'tb'}",
+  ]
+  return lines

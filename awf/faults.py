@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from awf.remat import remat_name
+
 # A full disk, a quota, a limit on file sizes, a disk that went read-only.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _MEMORY_MARKS = ("RESOURCE_EXHAUSTED", "Out of memory")  # XLA's, on every backend
@@ -48,7 +50,8 @@ def explain(error: BaseException, config: ConfigDict, plan_command: str) -> str 
       )
     if is_out_of_memory(one):
       first = (str(one).strip().splitlines() or [type(one).__name__])[0][:200]
-      remat = "" if config.grpo.remat else ", or set config.grpo.remat to true"
+      is_full = remat_name(config.grpo.remat) == "full"
+      remat = "" if is_full else ", or set config.grpo.remat to full"
       quant = "" if config.model.quant != "none" else ", or config.model.quant=int8"
       return (
         f"out of memory ({first}): see what fits with `{plan_command}`; lower "

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from awf.qwen.remat import remat_name
+from awf.remat import remat_name
 from awf.types import UserError
 
 ADVANTAGES = (
@@ -74,7 +74,7 @@ class GRPOConfig:
   steps_per_batch: int = 1
   micro_batch: int = 8  # rows of one forward/backward pass
   vocab_chunk: int = 4096  # tokens per chunk of the head
-  remat: bool | str = "none"  # what the backward pass computes again (awf.qwen.remat)
+  remat: bool | str = "none"  # what the backward pass computes again (awf.remat)
 
   def __post_init__(self) -> None:
     remat_name(self.remat)

@@ -41,6 +41,8 @@ def count_program(
     "greedy": config.sampler.temperature <= 0 or config.executor.temperature <= 0,
   }
 
+  taken["special"] = any(taken.values())  # the branch around those three
+
   def is_taken(op_name: str) -> bool | None:
     return next((v for k, v in taken.items() if f"/{k}/" in op_name), None)
 
@@ -106,7 +108,7 @@ def learner_trips(setup: Setup, op_name: str) -> float | None:
 
 def is_full(config: ConfigDict) -> bool:
   """Whether the update computes every layer again in its backward pass."""
-  from awf.qwen.remat import remat_name
+  from awf.remat import remat_name
 
   return remat_name(config.grpo.remat) == "full"
 

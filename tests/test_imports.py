@@ -10,7 +10,9 @@ from conftest import ROOT
 # Lower may not import higher; parts of one level do not know each other, except at the top.
 LEVELS = {
   **dict.fromkeys(("types",), 0),
-  **dict.fromkeys(("sharding", "chips", "config_io", "runtime_setup", "faults", "interrupt"), 1),
+  **dict.fromkeys(
+    ("sharding", "chips", "config_io", "runtime_setup", "faults", "interrupt", "remat"), 1
+  ),
   **dict.fromkeys(("config", "workdir", "grpo_config"), 2),
   "qwen": 3,
   **dict.fromkeys(("sampler", "sandbox"), 4),

@@ -25,14 +25,13 @@ from awf.grpo.attention import block_attend
 from awf.grpo.batch import fitted_size, make_batch
 from awf.grpo.config import GRPOConfig
 from awf.grpo.loss import head_chunk, head_loss, logp_and_entropy
-from awf.grpo.objective import Sampling, grpo_token_loss
 from awf.grpo.trainer import GRPOTrainer
 from awf.qwen.adapted import MERGE_ROWS, adapted_matmul
 from awf.qwen.config import QwenConfig
 from awf.qwen.lora import init_lora
 from awf.qwen.model import Qwen, head, init_params, swiglu
-from awf.qwen.quant import QuantConfig, linear_kernel, quantise
-from awf.qwen.remat import remat_name
+from awf.qwen.quant import QuantConfig, quantise
+from awf.remat import remat_name
 from awf.sharding import make_mesh
 from awf.types import Rollout, UserError
 
@@ -178,6 +177,8 @@ def test_adapted_products_and_their_gradients(rows, kind):
   if kind == "int8":
     params = quantise({"layers_0": {"q_proj": {"kernel": w}}}, QuantConfig("int8"))
     module = params["layers_0"]["q_proj"]
+    from awf.qwen.quant import linear_kernel
+
     kernel = linear_kernel(module)
     w = module["kernel_q"].astype(jnp.float32) * module["kernel_scale"][None]
   x = x[None].astype(jnp.bfloat16 if kind == "bfloat16" else jnp.float32)
@@ -245,14 +246,14 @@ def test_blocks_named_by_ranges_of_ids_hold_every_visible_token():
 def test_the_head_of_a_large_vocabulary_takes_an_eighth_of_its_logits():
   num_t, config = 4096, QwenConfig(151_936, 64, 64, 1, 1, 1, 64)
   shape = jax.ShapeDtypeStruct
-  fn = functools.partial(grpo_token_loss, config=OBJECTIVE, sampling=Sampling(0.7))
-  names = ("advantage", "weight", "old_logp", "ref_logp")
-  data = {k: shape((1, num_t), jnp.float32) for k in names}
+  from awf.grpo.loss import grpo_token_loss
+
+  fn = functools.partial(grpo_token_loss, config=OBJECTIVE, temperature=0.7)
+  data = {k: shape((1, num_t), jnp.float32) for k in ("advantage", "old_logp", "ref_logp")}
   data |= {"target": shape((1, num_t), jnp.int32), "is_target": shape((1, num_t), bool)}
 
   def loss_and_grad(kernel, hidden, data, num_targets):
     scalars = {"has_old": jnp.bool_(True), "total": jnp.float32(num_t)}
-    scalars["entropy_coef"] = jnp.float32(OBJECTIVE.entropy_coef)
     chunk = head_chunk(config.vocab_size)
     f = lambda h: head_loss(kernel, h, data, scalars, num_targets, fn, chunk)  # noqa: E731
     return jax.value_and_grad(f, has_aux=True)(hidden)

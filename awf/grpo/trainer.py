@@ -59,8 +59,8 @@ from awf.grpo.rows import (
 from awf.qwen.config import QwenConfig
 from awf.qwen.looped import looped_hidden
 from awf.qwen.lora import LoRAConfig, init_lora, scaled
-from awf.qwen.model import Qwen, head_kernel
-from awf.qwen.remat import remat_name
+from awf.qwen.model import Attend, Qwen, head_kernel
+from awf.remat import remat_name
 from awf.sharding import abstract, is_abstract, make_mesh, replicated, tree_shardings
 from awf.types import Rollout
 
@@ -378,17 +378,8 @@ class GRPOTrainer:
       attend = block_attend(bins.segments_ZBT[0], bins.parents_ZBT[0], self.block)
     else:
       attend = dense_attend(bins.segments_ZBT, bins.parents_ZBT)
-    tokens, positions, remat = bins.tokens_ZBT, bins.positions_ZBT, self.grpo.remat
     lora = scaled(lora, self.lora_config) if lora else {}
-    if self.is_looped:
-      chunk = MLP_CHUNK if remat_name(remat) == "full" else 0
-      hidden_BTD = looped_hidden(
-        self._config, base, lora, tokens, positions, attend, remat=remat, mlp_chunk=chunk
-      )
-    else:
-      variables = {"params": base} | ({"lora": lora} if lora else {})
-      model = Qwen(self._config, remat=remat)
-      hidden_BTD, _ = model.apply(variables, tokens, positions, attend)
+    hidden_BTD = self._final_hidden(lora, base, bins, attend)
     return jnp.take_along_axis(hidden_BTD, bins.source_ZBU[..., None], axis=1)
 
   def _forward(
@@ -400,6 +391,19 @@ class GRPOTrainer:
     kernel = jax.lax.stop_gradient(head_kernel(base))
     fn, num_targets = fn or self._token_loss, bins.num_targets_Z
     return head_loss(kernel, hidden_BUD, data, scalars, num_targets, fn, self.head_chunk)
+
+  def _final_hidden(
+    self, lora: Any, base: Any, bins: Batch[jax.Array], attend: Attend
+  ) -> jax.Array:
+    """Final hidden states [B, T, D] of one step's bins."""
+    tokens, positions, remat = bins.tokens_ZBT, bins.positions_ZBT, self.grpo.remat
+    if self.is_looped:
+      chunk = MLP_CHUNK if remat_name(remat) == "full" else 0
+      return looped_hidden(
+        self._config, base, lora, tokens, positions, attend, remat=remat, mlp_chunk=chunk
+      )
+    variables = {"params": base} | ({"lora": lora} if lora else {})
+    return Qwen(self._config, remat=remat).apply(variables, tokens, positions, attend)[0]
 
   def _score_batch(
     self, lora: Any, base: Any, batch: Batch[jax.Array], support_ZBUX: jax.Array | None = None

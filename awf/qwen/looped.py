@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from awf.qwen.config import QwenConfig
 from awf.qwen.model import Attend, Block, Embed, RMSNorm, rotation
-from awf.qwen.remat import remat_wrapper
+from awf.remat import remat_wrapper
 
 
 def looped_hidden(
@@ -37,7 +37,7 @@ def looped_hidden(
     lora: scaled adapter with one set of targets in all layers, or {}; differentiable.
     tokens_BT, positions_BT: int32.
     attend: attention, without caches.
-    remat: what is kept of each layer (awf.qwen.remat).
+    remat: what is kept of each layer (awf.remat).
     mlp_chunk: tokens that pass the MLP at a time, 0 for all; its activations are the largest of a
       layer.
   """

@@ -31,7 +31,7 @@ from awf.qwen.quant import (
   linear_kernel,
   matmul,
 )
-from awf.qwen.remat import remat_wrapper
+from awf.remat import remat_wrapper
 
 # attend(layer, q_BTNH, k_BTKH, v_BTKH, cache_of_layer) -> (out_BTNH, cache_of_layer)
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -246,7 +246,7 @@ class Qwen(nn.Module):
   """
 
   config: QwenConfig
-  remat: bool | str = False  # what the backward pass computes again (awf.qwen.remat)
+  remat: bool | str = False  # what the backward pass computes again (awf.remat)
 
   @nn.compact
   def __call__(

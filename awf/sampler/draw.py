@@ -38,16 +38,33 @@ def _largest_threshold(bits_BV: jax.Array, is_enough) -> jax.Array:
   """Largest uint32 threshold per row for which `is_enough(bits_BV >= threshold)` still holds.
 
   `is_enough` maps the bool [B, V] of kept tokens to bool [B], is monotone, and holds when all are.
+  The bisection ends when only one more token could go in every row: which is settled by its value.
   """
 
-  def step(_, bounds):
-    low_B, high_B = bounds
-    middle_B = low_B + (high_B - low_B + 1) // 2
-    ok_B = is_enough(bits_BV >= middle_B[:, None])
-    return jnp.where(ok_B, middle_B, low_B), jnp.where(ok_B, high_B, middle_B - 1)
+  def is_open(bounds):
+    i, low_B, high_B, kept_B, spared_B = bounds
+    return (i < 32) & jnp.any((low_B < high_B) & (kept_B > spared_B + 1))
 
-  start = (jnp.min(bits_BV, axis=-1), jnp.max(bits_BV, axis=-1))
-  return jax.lax.fori_loop(0, 32, step, start)[0]
+  def step(bounds):
+    i, low_B, high_B, kept_B, spared_B = bounds
+    middle_B = low_B + (high_B - low_B + 1) // 2
+    keep_BV = bits_BV >= middle_B[:, None]
+    ok_B, count_B = is_enough(keep_BV), jnp.sum(keep_BV, axis=-1, dtype=jnp.int32)
+    return (
+      i + 1,
+      jnp.where(ok_B, middle_B, low_B),
+      jnp.where(ok_B, high_B, middle_B - 1),
+      jnp.where(ok_B, count_B, kept_B),
+      jnp.where(ok_B, spared_B, count_B),
+    )
+
+  b, v = bits_BV.shape
+  # Tokens kept by the lower bound, and by the first threshold that keeps too few.
+  start = (
+    jnp.int32(0), jnp.min(bits_BV, axis=-1), jnp.max(bits_BV, axis=-1),
+    jnp.full(b, v, jnp.int32), jnp.zeros(b, jnp.int32),
+  )  # fmt: skip
+  return jax.lax.while_loop(is_open, step, start)[1]
 
 
 def support_threshold(scaled_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array) -> jax.Array:
@@ -92,29 +109,35 @@ def support(scaled_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array) -> jax
   return _ordered_bits(scaled_BV) >= support_threshold(scaled_BV, top_p_B, top_k_B)[:, None]
 
 
-def _inverse_cdf(weight_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
-  """The token at which the running sum of weights passes uniform x total; never one of weight 0."""
-  b, v = weight_BV.shape
-  blocks = -(-v // VOCAB_BLOCK)
-  padded = jnp.pad(weight_BV, ((0, 0), (0, blocks * VOCAB_BLOCK - v)))
-  weight_BXY = padded.reshape(b, blocks, VOCAB_BLOCK)
+def _block_sums(scaled_BV: jax.Array, threshold_B: jax.Array | None, peak_B: jax.Array):
+  """Sums of exp(scaled - peak) over blocks of VOCAB_BLOCK tokens, of kept ones if cut."""
+  weight_BV = jnp.exp(scaled_BV - peak_B[:, None])
+  if threshold_B is not None:
+    weight_BV = jnp.where(_ordered_bits(scaled_BV) >= threshold_B[:, None], weight_BV, 0.0)
+  missing = -weight_BV.shape[1] % VOCAB_BLOCK
+  weight_BV = jnp.pad(weight_BV, ((0, 0), (0, missing))) if missing else weight_BV
+  return jnp.sum(weight_BV.reshape(len(weight_BV), -1, VOCAB_BLOCK), axis=-1)
 
-  def search(weight_BX, target_B):
-    """First index whose running sum exceeds the target, at most the last of positive weight."""
-    size = weight_BX.shape[-1]
-    upper_XX = jnp.triu(jnp.ones((size, size), jnp.float32))
-    sums_BX = jnp.dot(weight_BX, upper_XX, precision=jax.lax.Precision.HIGHEST)
-    last_B = size - 1 - jnp.argmax(weight_BX[:, ::-1] > 0, axis=-1)
-    index_B = jnp.minimum(jnp.sum(sums_BX <= target_B[:, None], axis=-1), last_B)
-    before_B = jnp.take_along_axis(sums_BX, jnp.maximum(index_B - 1, 0)[:, None], axis=-1)[:, 0]
-    return index_B, jnp.where(index_B > 0, before_B, 0.0)
 
-  block_BX = jnp.sum(weight_BXY, axis=-1)
-  target_B = uniform_B * jnp.sum(block_BX, axis=-1)
-  x_B, before_B = search(block_BX, target_B)
-  inside_BY = jnp.take_along_axis(weight_BXY, x_B[:, None, None], axis=1)[:, 0]
-  y_B, _ = search(inside_BY, target_B - before_B)
-  return (x_B * VOCAB_BLOCK + y_B).astype(jnp.int32)
+def _search(weight_BX: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """First index whose running sum exceeds the target, at most the last of positive weight.
+
+  Returns:
+    (index [B], running sum before it [B]).
+  """
+  size = weight_BX.shape[-1]
+  upper_XX = jnp.triu(jnp.ones((size, size), jnp.float32))
+  sums_BX = jnp.dot(weight_BX, upper_XX, precision=jax.lax.Precision.HIGHEST)
+  last_B = size - 1 - jnp.argmax(weight_BX[:, ::-1] > 0, axis=-1)
+  index_B = jnp.minimum(jnp.sum(sums_BX <= target_B[:, None], axis=-1), last_B)
+  before_B = jnp.take_along_axis(sums_BX, jnp.maximum(index_B - 1, 0)[:, None], axis=-1)[:, 0]
+  return index_B, jnp.where(index_B > 0, before_B, 0.0)
+
+
+def _take_block(logits_BV: jax.Array, block_B: jax.Array) -> jax.Array:
+  """The logits [B, VOCAB_BLOCK] of one block per row; -inf beyond the vocabulary."""
+  token_BY = block_B[:, None] * VOCAB_BLOCK + jnp.arange(VOCAB_BLOCK, dtype=block_B.dtype)[None]
+  return jnp.take_along_axis(logits_BV, token_BY, axis=1, mode="fill", fill_value=-jnp.inf)
 
 
 def draw(
@@ -138,19 +161,40 @@ def draw(
     to the support and renormalised; at temperature 0 under the plain softmax).
   """
   is_greedy_B = temperature_B <= 0
-  scaled_BV = logits_BV / jnp.where(is_greedy_B, 1.0, temperature_B)[:, None]
+  divisor_B = jnp.where(is_greedy_B, 1.0, temperature_B)
   top_p_B = jnp.where(is_greedy_B, 1.0, top_p_B)
   top_k_B = jnp.where(is_greedy_B, 0, top_k_B)
-  threshold_B = support_threshold(scaled_BV, top_p_B, top_k_B)
-  peak_B = jnp.max(scaled_BV, axis=-1)
-  is_kept_BV = _ordered_bits(scaled_BV) >= threshold_B[:, None]
-  weight_BV = jnp.where(is_kept_BV, jnp.exp(scaled_BV - peak_B[:, None]), 0.0)
-  drawn_B = _inverse_cdf(weight_BV, uniform_B)
-  with jax.named_scope("greedy"):
-    id_B = jax.lax.cond(  # argmax costs as much as the rest of the draw: only when a row wants it
-      jnp.any(is_greedy_B),
-      lambda: jnp.where(is_greedy_B, jnp.argmax(scaled_BV, axis=-1).astype(jnp.int32), drawn_B),
-      lambda: drawn_B,
-    )
-  chosen_B = jnp.take_along_axis(scaled_BV, id_B[:, None], axis=-1)[:, 0]
-  return id_B, chosen_B - peak_B - jnp.log(jnp.sum(weight_BV, axis=-1))
+
+  def among(logits_BV, threshold_B):
+    """Ids and log-probs of all rows; None keeps every token."""
+    scaled_BV = logits_BV / divisor_B[:, None]
+    peak_B = jnp.max(scaled_BV, axis=-1)
+    sum_BX = _block_sums(scaled_BV, threshold_B, peak_B)
+    total_B = jnp.sum(sum_BX, axis=-1)
+    block_B, before_B = _search(sum_BX, uniform_B * total_B)
+    inside_BY = _take_block(logits_BV, block_B) / divisor_B[:, None]
+    weight_BY = jnp.exp(inside_BY - peak_B[:, None])
+    if threshold_B is not None:
+      weight_BY = jnp.where(_ordered_bits(inside_BY) >= threshold_B[:, None], weight_BY, 0.0)
+    place_B, _ = _search(weight_BY, uniform_B * total_B - before_B)
+    id_B = (block_B * VOCAB_BLOCK + place_B).astype(jnp.int32)
+    return id_B, peak_B + jnp.log(total_B)
+
+  def special(logits_BV):
+    scaled_BV = logits_BV / divisor_B[:, None]
+    id_B, norm_B = among(logits_BV, support_threshold(scaled_BV, top_p_B, top_k_B))
+    with jax.named_scope("greedy"):
+      id_B = jax.lax.cond(
+        jnp.any(is_greedy_B),
+        lambda x: jnp.where(is_greedy_B, jnp.argmax(x, axis=-1).astype(jnp.int32), id_B),
+        lambda _: id_B,
+        logits_BV,
+      )
+    return id_B, norm_B
+
+  # One branch, in which all is done: what comes in ready-made, or goes on behind it, is copied.
+  with jax.named_scope("special"):
+    is_special = jnp.any(is_greedy_B | (top_p_B < 1) | (top_k_B > 0))
+    id_B, norm_B = jax.lax.cond(is_special, special, lambda x: among(x, None), logits_BV)
+  chosen_B = jnp.take_along_axis(logits_BV, id_B[:, None], axis=-1)[:, 0] / divisor_B
+  return id_B, chosen_B - norm_B

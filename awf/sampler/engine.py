@@ -61,7 +61,9 @@ def make_shapes(
   prompt_chunks = -(-context // page)
   own_chunks = -(-min(max_new_tokens or context, context) // chunk)
   page_bytes = page * token_bytes(config)
-  pages = prompt_bytes // page_bytes or min(rows * prompt_chunks, PROMPT_BYTES // page_bytes)
+  pages = prompt_bytes // page_bytes
+  if not prompt_bytes:
+    pages = min(rows * prompt_chunks, PROMPT_BYTES // page_bytes)
   group = 16 if on_cpu and rows % 16 == 0 else rows
   # Few rows of a group make no product slower on CPU, where each page is read from memory anyway.
   share = min(rows, 4 if on_cpu else 8)

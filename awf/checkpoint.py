@@ -13,12 +13,14 @@ N.dropped/   on its way out
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +39,8 @@ T = TypeVar("T")
 
 # What orbax and tensorstore raise on missing, truncated or altered files.
 _BROKEN = (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError)
+
+_PIECE = 1 << 30  # bytes of a probe; some file systems know no larger files than 4 GiB
 
 log = logging.getLogger("awf")
 _asyncio_log = logging.getLogger("asyncio")
@@ -102,6 +106,8 @@ class Checkpointer:
     items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
     _asyncio_log.addFilter(_is_no_echo)
     try:
+      if is_writer:
+        _reserve(self.directory, sum(x.nbytes for x in arrays.values()))
       self._manager.save(step, args=items, force=True)
       self._manager.wait_until_finished()
       if is_writer:
@@ -274,6 +280,25 @@ class Checkpointer:
         f"differ, first {name}: expected {expected.get(name)}, got {meta['layout'].get(name)}; "
         "change config.lora or --workdir"
       )
+
+
+def _reserve(folder: Path, size: int) -> None:
+  """Raises OSError when the disk does not take `size` bytes more; orbax says so array by array.
+
+  The files have no name and are gone at once; where a file system cannot reserve, nothing is known.
+  """
+  if not hasattr(os, "posix_fallocate"):  # not on every system
+    return
+  with contextlib.ExitStack() as files:
+    for start in range(0, size, _PIECE):
+      probe = files.enter_context(tempfile.TemporaryFile(dir=folder))
+      try:
+        os.posix_fallocate(probe.fileno(), 0, min(_PIECE, size - start))
+      except OSError as error:
+        if disk_fault(error) is not None:
+          raise
+        log.debug("%s cannot reserve room: %s", folder, error)
+        return
 
 
 def _is_no_echo(record: logging.LogRecord) -> bool:

@@ -57,7 +57,7 @@ class Look:
 
   def lowest(self, other: "Look") -> "Look":
     """The smaller figures: a resumed run first takes back what is past its checkpoint."""
-    names = ("log", "journal", "rounds", "trajectories", "metrics", "folders")
+    names = ("log", "journal", "rounds", "trajectories", "metrics", "drafts", "folders", "dropped")
     return dataclasses.replace(
       self, **{name: min(getattr(self, name), getattr(other, name)) for name in names}
     )
@@ -216,11 +216,11 @@ class Run:
 
 def fell(floor: Look, now: Look) -> str:
   """Where a kill fell, by what it left behind."""
-  if now.drafts:
+  if now.drafts > floor.drafts:
     return "in a save"
   if now.folders - len(now.manifests) > floor.folders - len(floor.manifests):
     return "between rename and manifest"
-  if now.dropped:
+  if now.dropped > floor.dropped:
     return "amid the deletion of an old checkpoint"
   if set(now.manifests) - set(floor.manifests):
     return "right after a save"

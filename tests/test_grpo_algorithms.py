@@ -19,6 +19,7 @@ from awf.grpo.trainer import GRPOTrainer
 from awf.qwen.config import QwenConfig
 from awf.qwen.lora import LoRAConfig, init_lora, scaled
 from awf.qwen.model import Qwen, head, init_params
+from awf.sharding import make_mesh
 from awf.types import Rollout
 
 CONFIG = QwenConfig(53, 32, 48, 1, 4, 2, 8, tie_word_embeddings=True)
@@ -368,3 +369,19 @@ def test_micro_batches_change_nothing(name):
     np.testing.assert_allclose(found[rows][1], found[8][1], atol=1e-5)
     for key, value in found[8][0].items():
       np.testing.assert_allclose(found[rows][0][key], value, atol=1e-5, rtol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["gspo", "gae"])
+def test_devices_change_nothing(name):
+  settings = {
+    "gspo": {"loss": "gspo", "importance": "sequence_truncate", "beta": 0.1},
+    "gae": {"advantage": "gae", "importance": "token_mask"},
+  }
+  grpo, cut = dataclasses.replace(GRPO, **settings[name]), Sampling(0.9, 0.9, 0)
+  mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+  one, four = trainer(grpo, cut), trainer(grpo, cut, mesh=mesh)
+  want, got = one.update(rollouts()), four.update(rollouts())
+  moments = (flat(jax.device_get(t.state.opt_state[0].mu)) for t in (one, four))
+  np.testing.assert_allclose(*moments, atol=1e-5)
+  for key, value in want.items():
+    np.testing.assert_allclose(got[key], value, atol=2e-5, rtol=1e-4, err_msg=key)

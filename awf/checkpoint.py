@@ -39,6 +39,7 @@ T = TypeVar("T")
 _BROKEN = (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError)
 
 log = logging.getLogger("awf")
+_asyncio_log = logging.getLogger("asyncio")
 
 
 class BrokenCheckpointError(ValueError):
@@ -99,6 +100,7 @@ class Checkpointer:
       self._set_aside(step)
     self._manager.reload()
     items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+    _asyncio_log.addFilter(_is_no_echo)
     try:
       self._manager.save(step, args=items, force=True)
       self._manager.wait_until_finished()
@@ -114,6 +116,7 @@ class Checkpointer:
         f"checkpoint {step} could not be written in {self.directory}: {reason}; earlier ones are "
         f"intact ({self.steps()}): make room, then run the same command to go on"
       ) from error
+    _asyncio_log.removeFilter(_is_no_echo)  # after a failure it stays: the echoes come late
     if is_writer:
       self._retain(step)
 
@@ -271,6 +274,11 @@ class Checkpointer:
         f"differ, first {name}: expected {expected.get(name)}, got {meta['layout'].get(name)}; "
         "change config.lora or --workdir"
       )
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+  """False for what asyncio says of a failed write: once for each array, beside what is raised."""
+  return "exception was never retrieved" not in record.getMessage()
 
 
 def _seal(folder: Path) -> None:

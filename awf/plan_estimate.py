@@ -85,6 +85,8 @@ def sampler_trips(setup: Setup, op_name: str, load: Load) -> float | None:
       return -(-load.new / 2 // s.chunk)
     blocks = -(-load.prompt // s.block)
     return sum(i * s.block // s.page + 1 for i in range(blocks)) / blocks
+  if op_name.endswith("/while") and ("/top_k/" in op_name or "/top_p/" in op_name):
+    return 32.0  # steps of a bisection over float32, at most
   return 1.0 if op_name.endswith(tuple(f"/{part}/while" for part in PARTS)) else None
 
 

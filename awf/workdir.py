@@ -58,6 +58,7 @@ ROUNDING = (
 # What follows is what the new value says; what was done stays:
 ONWARD = (
   "metrics",
+  "optim.critic_learning_rate",
   "optim.grad_clip",
   "optim.learning_rate",
   "optim.schedule",

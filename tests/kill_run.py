@@ -177,7 +177,8 @@ class Run:
     while process.poll() is None:
       now = look(self.folder, process.pid if "workflow" in where else 0)
       last, seen = seen, dataclasses.replace(now, start_log=floor.start_log)
-      floor = floor.lowest(seen)
+      is_saved = set(seen.manifests) > set(last.manifests) and not seen.dropped
+      floor = seen if is_saved else floor.lowest(seen)
       if due is None and event and event(last, seen):
         due = time.monotonic() + wait
       if due is not None and time.monotonic() >= due:
@@ -222,7 +223,7 @@ def fell(floor: Look, now: Look) -> str:
   if now.dropped:
     return "amid the deletion of an old checkpoint"
   if set(now.manifests) - set(floor.manifests):
-    return "after a save"
+    return "right after a save"
   if now.metrics > floor.metrics:
     return "after the metrics' row, before the save"
   if now.trajectories > floor.trajectories:

@@ -78,8 +78,8 @@ def compiled(request):
   rollouts = [Rollout("g", (1, 2), (3 + i, 4), (-1.0, -1.0), float(i)) for i in range(2)]
   batch = learner._place(make_batch(rollouts, range(2), TOKENS))
   zero = np.zeros(batch.target_ZBU.shape, np.float32)
-  data = dict.fromkeys(("advantage", "old_logp", "ref_logp"), zero)
-  scalars = {"has_old": np.bool_(True), "total": np.float32(4)}
+  data = dict.fromkeys(("advantage", "old_logp", "ref_logp", "weight"), zero)
+  scalars = {"has_old": np.bool_(True), "total": np.float32(4), "entropy_coef": np.float32(0.01)}
   lowered = {
     "dispatch": dispatch.lower(params, adapters, cache, empty_work(shapes)),
     "update": learner._step.lower(learner.state, params, batch, data, scalars),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from awf.grpo.config import OptimConfig, clip_by_norm
+from awf.grpo.guard import keep_if
 
 Critic = dict[str, Any]  # {"head": {"kernel" [D], "bias" []}, "opt_state"}
 _EPS = 1e-6
@@ -58,8 +59,9 @@ def critic_loss(
 
 
 def critic_step(critic: Critic, grads: Any, optim: OptimConfig) -> Critic:
-  """One optimiser step, the gradient clipped by its own norm."""
-  grads, _ = clip_by_norm(grads, optim.grad_clip)
+  """One optimiser step, the gradient clipped by its own norm; none where that is not finite."""
+  grads, norm = clip_by_norm(grads, optim.grad_clip)
   optimizer = make_critic_optimizer(optim)
   updates, opt_state = optimizer.update(grads, critic["opt_state"], critic["head"])
-  return {"head": optax.apply_updates(critic["head"], updates), "opt_state": opt_state}
+  new = {"head": optax.apply_updates(critic["head"], updates), "opt_state": opt_state}
+  return keep_if(jnp.isfinite(norm), new, critic)

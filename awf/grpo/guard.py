@@ -23,17 +23,19 @@ def keep_if(is_sound: jax.Array, new: T, old: T) -> T:
 
 
 def mean_of_sound(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """Means over an update's sound steps, and how many were not (`nonfinite_steps`).
+  """Means over an update's sound steps, and how many were not, or had a critic that was not
+  (`nonfinite_steps`).
 
   Without a sound one only the number is there, and `skipped` is 1.
   """
   sound = [step for step in steps if not step["nonfinite_steps"]]
+  values = [float(step["value_loss"]) for step in sound if "value_loss" in step]  # of the critic
   means = {
     name: math.fsum(float(step[name]) for step in sound) / len(sound)
     for name in (sound[0] if sound else ())
     if name != "nonfinite_steps"
   }
-  bad = float(len(steps) - len(sound))
+  bad = float(len(steps) - len(sound) + sum(not math.isfinite(x) for x in values))
   return {**means, "nonfinite_steps": bad, "skipped": float(not sound)}
 
 

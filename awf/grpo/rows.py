@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -78,26 +77,6 @@ class Plan:
   weight_n: np.ndarray  # of each token in the aggregation
   total: float  # trained tokens, those of rows without a gradient among them
   return_n: np.ndarray | None = None  # of each token, for the critic
-
-
-class Work:
-  """One batch on its way through an update.
-
-  Attributes:
-    rollouts, layout: all rows.
-    old_logp_n, kl_n, value_n: of every token, where the settings need them before the first step.
-    batch, placed: the computed rows, on the host and on the devices.
-    data: what a step knows of each token, on the devices.
-  """
-
-  def __init__(self, rollouts: Sequence[Rollout], layout: Layout):
-    self.rollouts, self.layout = rollouts, layout
-    self.old_logp_n: np.ndarray | None = None
-    self.kl_n: np.ndarray | None = None
-    self.value_n: np.ndarray | None = None
-    self.batch: Any = None
-    self.placed: Any = None
-    self.data: dict[str, Any] = {}
 
 
 def shaped_rewards(rollouts: Sequence[Rollout], grpo: GRPOConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -24,14 +23,13 @@ from awf.grpo.config import (
   make_optimizer,
 )
 from awf.grpo.critic import init_critic
-from awf.grpo.guard import keep_if, mean_of_sound
+from awf.grpo.guard import keep_if
 from awf.grpo.loss import head_chunk, head_loss
 from awf.grpo.objective import (
   Sampling,
   adapt_entropy_coef,
   entropy_coef_now,
   grpo_token_loss,
-  kl_estimate,
   objective,
 )
 from awf.grpo.passes import (
@@ -42,20 +40,11 @@ from awf.grpo.passes import (
   put,
   room,
   train_critic,
-  uncut,
   values_of,
   zeros,
 )
-from awf.grpo.rows import (
-  Layout,
-  Plan,
-  Work,
-  make_plan,
-  rollout_metrics,
-  sampler_logps,
-  sampling_metrics,
-  shaped_rewards,
-)
+from awf.grpo.rows import Layout
+from awf.grpo.update import Update, scalars_of
 from awf.qwen.config import QwenConfig
 from awf.qwen.looped import looped_hidden
 from awf.qwen.lora import LoRAConfig, init_lora, scaled
@@ -194,115 +183,7 @@ class GRPOTrainer:
       step a finite loss and gradient (`nonfinite_steps` counts those): the state is unchanged then,
       and the metrics of the steps are left out.
     """
-    grpo = self.grpo
-    work = Work(rollouts, Layout(rollouts))
-    reward_B, _ = shaped_rewards(rollouts, grpo)
-    metrics = rollout_metrics(rollouts, grpo)
-    if any(math.isinf(r.reward) for r in rollouts):  # NaN is a row without a reward, this is none
-      return metrics | {"skipped": 1.0, "nonfinite_steps": float(grpo.steps_per_batch)}
-    self._look_ahead(work, reward_B)
-    plan = make_plan(rollouts, work.layout, grpo, reward_B, work.kl_n, work.value_n)
-    if not plan.rows:
-      return metrics | {"skipped": 1.0, "nonfinite_steps": 0.0}
-    work.batch = self._batch(rollouts, plan.rows)
-    work.placed = self._place(work.batch)
-    work.data = self._data(work, plan)
-    steps = []
-    for i in range(grpo.steps_per_batch):
-      # The first step's forward pass gives the old log-probs: there the ratio is one by definition.
-      scalars = self._scalars(i > 0, plan.total)
-      if grpo.is_sequence_loss:
-        work.data["policy_grad"] = self._gradient_of_rows(work, scalars, i == 0)
-      self.state, aux, of_step = self._step(
-        self.state, self._params, work.placed, work.data, scalars
-      )
-      if i == 0:
-        work.data["old_logp"] = aux["logp"]
-        if self._support_bytes:
-          work.data["support"] = aux["support"]
-      if plan.return_n is not None:
-        of_step |= self._train_value_head(work, plan.return_n)
-      steps.append(of_step)
-    steps = jax.device_get(steps)
-    metrics |= mean_of_sound(steps)
-    if work.kl_n is not None:
-      metrics["kl"] = float(work.kl_n[work.layout.is_in(work.batch)].mean())
-    return metrics | self._sampling_metrics(work)
-
-  def _scalars(self, has_old: bool, total: float) -> dict[str, Any]:
-    coef = np.float32(self.grpo.entropy_coef)
-    return {"has_old": np.bool_(has_old), "total": np.float32(total), "entropy_coef": coef}
-
-  def _look_ahead(self, work: Work, reward_B: np.ndarray) -> None:
-    """What advantages and weights need from the models: old log-probs, KL, values of each token."""
-    grpo, layout = self.grpo, work.layout
-    rows = np.flatnonzero(np.isfinite(reward_B) & (layout.length_B > 0)).tolist()
-    if not rows or not (grpo.needs_old_logp or grpo.has_critic):
-      return
-    batch = self._batch(work.rollouts, rows)
-    placed = self._place(batch)
-    if grpo.needs_old_logp:
-      now = self._score(self.state.lora, self._params, placed)
-      work.old_logp_n = layout.out_of(batch, np.asarray(now["logp"]))
-      if grpo.has_kl_in_reward:
-        ref = self._score({}, self._params, placed)
-        kl_ZBU = kl_estimate(uncut(now), uncut(ref), grpo.kl)
-        work.kl_n = layout.out_of(batch, np.asarray(kl_ZBU))
-    if grpo.has_critic:
-      head = self.state.extra["critic"]["head"]
-      work.value_n = layout.out_of(batch, np.asarray(self._values(head, self._params, placed)))
-
-  def _data(self, work: Work, plan: Plan) -> dict[str, Any]:
-    """What a step knows of each token, on the devices."""
-    grpo, into = self.grpo, partial(work.layout.into, work.batch)
-    data = {
-      "advantage": self._place(into(plan.advantage_n)),
-      "weight": self._place(into(plan.weight_n)),
-      "old_logp": self._place(into(np.zeros(work.layout.size))),
-    }
-    if grpo.importance != "none":
-      sampler_logp = self._place(into(sampler_logps(work.rollouts, work.layout)))
-      if work.old_logp_n is None:
-        data["sampler_logp"] = sampler_logp
-      else:
-        old_logp = self._place(into(work.old_logp_n))
-        data["importance"] = self._importance(work.placed, old_logp, sampler_logp)
-    if grpo.has_kl_in_loss:
-      data["ref_logp"] = uncut(self._score({}, self._params, work.placed))
-    if self._support_bytes:
-      shape = (*work.batch.target_ZBU.shape, self._support_bytes)
-      data["support"] = jnp.zeros(shape, jnp.uint8, device=data["weight"].sharding)
-    return data
-
-  def _gradient_of_rows(self, work: Work, scalars: dict[str, Any], is_first: bool) -> jax.Array:
-    """Derivative of a loss over sequences by each log-prob; the first step knows every ratio: 1."""
-    logp_ZBU = work.data["old_logp"]
-    if not is_first:
-      support = work.data.get("support")
-      logp_ZBU = self._score(self.state.lora, self._params, work.placed, support)["logp"]
-    data = {k: x for k, x in work.data.items() if k not in ("policy_grad", "support")}
-    return self._row_gradient(work.placed, logp_ZBU, data, scalars | {"has_old": np.bool_(True)})
-
-  def _train_value_head(self, work: Work, return_n: np.ndarray) -> dict[str, jax.Array]:
-    """One step of the critic; its metrics."""
-    host = {"old_value": work.value_n, "returns": return_n}
-    data = {k: self._place(work.layout.into(work.batch, x)) for k, x in host.items()}
-    data |= {"weight": work.data["weight"], "is_target": work.placed.is_target_ZBU}
-    critic, loss = self._critic(self.state.extra["critic"], self._params, work.placed, data)
-    self.state = dataclasses.replace(self.state, extra=self.state.extra | {"critic": critic})
-    return {"value_loss": loss}
-
-  def _sampling_metrics(self, work: Work) -> dict[str, float]:
-    keep, out_of = work.layout.is_in(work.batch), partial(work.layout.out_of, work.batch)
-    old_logp = out_of(np.asarray(work.data["old_logp"]))[keep]
-    sampler_logp, weight = sampler_logps(work.rollouts, work.layout)[keep], None
-    if self.grpo.importance != "none":
-      data = work.data
-      if "importance" not in data:
-        args = (work.placed, data["old_logp"], data["sampler_logp"])
-        data["importance"] = self._importance(*args)
-      weight = out_of(np.asarray(data["importance"]))[keep]
-    return sampling_metrics(old_logp, sampler_logp, weight)
+    return Update(self, rollouts).run()
 
   @property
   def room(self) -> tuple[int, int]:
@@ -347,7 +228,7 @@ class GRPOTrainer:
     if self._support_bytes:
       data["support"] = np.broadcast_to(np.uint8(0), (*zero.shape, self._support_bytes))
     data = abstract(data, self._shardings(data))
-    scalars = self._scalars(False, 1.0)
+    scalars = scalars_of(self.grpo, False, 1.0)
     scalars = abstract(scalars, self._shardings(scalars))
     return {
       "update": lambda: self._step.lower(self.state, self._params, placed, data, scalars),

@@ -49,9 +49,9 @@ def keep_freed_memory() -> None:
   """Has the C library keep what is freed, for programs on a CPU; elsewhere than glibc nothing.
 
   XLA's CPU client takes a program's temporaries from malloc at each call. By default they are
-  mapped and given back each time, and the kernel clears every page again: a sixth of an update's
-  time. One arena, because the others cannot hold large blocks. Threads that exist are not changed:
-  to be called before JAX starts.
+  mapped and given back each time, and the kernel clears every page again: a tenth of an update's
+  processor time. One arena, because the others cannot hold large blocks. Threads that exist are not
+  changed: to be called before JAX starts.
   """
   if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc" or _has_accelerator():
     return

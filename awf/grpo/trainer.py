@@ -54,7 +54,7 @@ from awf.sharding import abstract, is_abstract, make_mesh, replicated, tree_shar
 from awf.types import Rollout
 
 _MIN_STEPS = 8  # room for this many passes from the start, so that small batches share a shape
-MLP_CHUNK = 1024  # tokens that pass the MLP at a time where layers are looped and recomputed
+MLP_CHUNK = 2048  # tokens that pass the MLP at a time where layers are looped and recomputed
 _ROW_TOKENS = 256  # a bin has room for grpo.micro_batch rows of this size
 
 

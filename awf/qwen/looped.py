@@ -57,11 +57,17 @@ def looped_hidden(
       lambda x: mlp.apply(variables, x, None, None, None, None)[0], x_BTD, mlp_chunk
     )
 
-  layer = remat_wrapper(remat)(layer)
-  x_BTD = Embed(c.vocab_size, c.hidden_size, dtype).apply({"params": params["embed"]}, tokens_BT)
+  wrapped = remat_wrapper(remat)(layer)
+
+  def turn(x_BTD: Any, xs: tuple[jax.Array, Any]) -> tuple[Any, None]:
+    return wrapped(x_BTD, *xs), None
+
+  embed: Any = Embed(c.vocab_size, c.hidden_size, dtype)
+  x_BTD = embed.apply({"params": params["embed"]}, tokens_BT)
   with jax.named_scope("layers"):
-    x_BTD, _ = jax.lax.scan(lambda x, xs: (layer(x, *xs), None), x_BTD, (jnp.arange(num_l), lora_L))
-  return RMSNorm(c.rms_norm_eps, dtype).apply({"params": params["norm"]}, x_BTD)
+    x_BTD, _ = jax.lax.scan(turn, x_BTD, (jnp.arange(num_l), lora_L))
+  norm: Any = RMSNorm(c.rms_norm_eps, dtype)
+  return norm.apply({"params": params["norm"]}, x_BTD)
 
 
 def _in_pieces(f: Callable[[jax.Array], Any], x_BTD: jax.Array, most: int) -> jax.Array:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,12 @@ from awf.qwen.model import NEG_INF, Attend
 
 
 class LayerCache(NamedTuple):
-  """Keys and values of one layer; the shapes are in the module's docstring."""
+  """Keys and values of one layer, arrays or what stands for them; the module says their shapes."""
 
-  prompt_keys: jax.Array
-  prompt_values: jax.Array
-  keys: jax.Array
-  values: jax.Array
+  prompt_keys: Any
+  prompt_values: Any
+  keys: Any
+  values: Any
 
 
 Cache = tuple[LayerCache, ...]
@@ -266,7 +266,7 @@ def decode_attend(
 
     def one_group(y, out):
       rows = (y * group, group)
-      q, last, *carry = (
+      q, last, peak, total, so_far = (
         jax.lax.dynamic_slice_in_dim(x, *rows)
         for x in (q_BKGH, jnp.broadcast_to(last_B[:, None], (b, g)), *state)
       )
@@ -279,7 +279,7 @@ def decode_attend(
         )
 
       with jax.named_scope("live_chunks"):
-        part = _finish(_attend_chunks(q, last, chunks_Y[y], load, tuple(carry)), q.dtype)
+        part = _finish(_attend_chunks(q, last, chunks_Y[y], load, (peak, total, so_far)), q.dtype)
       return jax.lax.dynamic_update_slice_in_dim(out, part, y * group, 0)
 
     out = jax.lax.fori_loop(0, num_groups, one_group, jnp.zeros_like(q_BKGH))

@@ -67,13 +67,13 @@ class PageTable:
     if prompt is not None:
       prompt.readers += 1
       return prompt
-    ids, *root = key
+    ids, adapter, version = key
     known = len(ids) - 1
     held: list[_Page] = []
     there = 0  # tokens found
     for start in range(0, known, self.width):
       name = _Name(
-        (root[0], root[1]), held[-1].index if held else -1, ids[start:known][: self.width]
+        (adapter, version), held[-1].index if held else -1, ids[start:known][: self.width]
       )
       page = self._pages.get(name) if there == start else None
       if page is not None:

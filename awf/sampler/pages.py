@@ -72,9 +72,8 @@ class PageTable:
     held: list[_Page] = []
     there = 0  # tokens found
     for start in range(0, known, self.width):
-      name = _Name(
-        (adapter, version), held[-1].index if held else -1, ids[start:known][: self.width]
-      )
+      tokens = ids[start : min(start + self.width, known)]
+      name = _Name((adapter, version), held[-1].index if held else -1, tokens)
       page = self._pages.get(name) if there == start else None
       if page is not None:
         there += len(name.tokens)

@@ -25,6 +25,7 @@ from awf.grpo.attention import block_attend
 from awf.grpo.batch import fitted_size, make_batch
 from awf.grpo.config import GRPOConfig
 from awf.grpo.loss import head_chunk, head_loss, logp_and_entropy
+from awf.grpo.objective import Sampling, grpo_token_loss
 from awf.grpo.trainer import GRPOTrainer
 from awf.qwen.adapted import MERGE_ROWS, adapted_matmul
 from awf.qwen.config import QwenConfig
@@ -246,14 +247,14 @@ def test_blocks_named_by_ranges_of_ids_hold_every_visible_token():
 def test_the_head_of_a_large_vocabulary_takes_an_eighth_of_its_logits():
   num_t, config = 4096, QwenConfig(151_936, 64, 64, 1, 1, 1, 64)
   shape = jax.ShapeDtypeStruct
-  from awf.grpo.loss import grpo_token_loss
-
-  fn = functools.partial(grpo_token_loss, config=OBJECTIVE, temperature=0.7)
-  data = {k: shape((1, num_t), jnp.float32) for k in ("advantage", "old_logp", "ref_logp")}
+  fn = functools.partial(grpo_token_loss, config=OBJECTIVE, sampling=Sampling(0.7))
+  names = ("advantage", "old_logp", "ref_logp", "weight")
+  data = {k: shape((1, num_t), jnp.float32) for k in names}
   data |= {"target": shape((1, num_t), jnp.int32), "is_target": shape((1, num_t), bool)}
 
   def loss_and_grad(kernel, hidden, data, num_targets):
     scalars = {"has_old": jnp.bool_(True), "total": jnp.float32(num_t)}
+    scalars["entropy_coef"] = jnp.float32(0.003)
     chunk = head_chunk(config.vocab_size)
     f = lambda h: head_loss(kernel, h, data, scalars, num_targets, fn, chunk)  # noqa: E731
     return jax.value_and_grad(f, has_aux=True)(hidden)

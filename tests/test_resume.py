@@ -63,10 +63,10 @@ def test_a_checkpoint_goes_on_another_mesh(params, tmp_path, sizes):
 
 
 def test_the_room_of_a_batch_is_part_of_the_state(params):
-  """A long row grows the bins for good; a resumed learner packs as the interrupted one did."""
+  """A large batch grows the arrays for good; a resumed learner packs as the other one did."""
   trainer, resumed = make_trainer(params, micro_batch=1), make_trainer(params, micro_batch=1)
   first = resumed.room
-  trainer.update(make_rollouts(groups=1, longest=900, seed=3))
+  trainer.update(make_rollouts(groups=16, longest=200, seed=3))
   assert trainer.room > first
   resumed.room = trainer.room
   (a, b) = (t.pack(make_rollouts(seed=4)).tokens_ZBT for t in (trainer, resumed))

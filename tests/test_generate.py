@@ -30,6 +30,7 @@ def config(tmp_path_factory):
   with config.unlocked():
     config.sampler.update(rows=4, context=CONTEXT, prefill_rows=2, steps_per_dispatch=4)
     config.sampler.update(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=8)
+    config.executor.max_new_tokens = 40  # a row holds 64 new tokens
   return config
 
 
@@ -148,6 +149,7 @@ BAD_LINES = [
   ({"prompt_ids": [-1]}, "prompt_ids: expected ids from 0"),
   ({"prompt_ids": [3] * CONTEXT}, "at most 127.*config.sampler.context"),
   ({"prompt": "the cat " * 300}, "config.sampler.context"),
+  ({**GOOD, "max_new_tokens": 65}, "max_new_tokens: expected at most 64.*config.sampler.max_new"),
   ({"messages": []}, "messages: expected at least one message"),
   ({"messages": ["hello"]}, "messages: expected a list of"),
   ({"messages": [{"role": "boss", "content": "x"}]}, r"messages\[0\]: expected a role"),

@@ -222,7 +222,9 @@ def _make_request(
   )
   if "adapter" in fields:
     adapter = policy.adapter_index(fields["adapter"])
-  return policy.request(ids, drawing, fields.get("seed", key), fields.get("n", 1), adapter)
+  request = policy.request(ids, drawing, fields.get("seed", key), fields.get("n", 1), adapter)
+  policy.engine.check(request)
+  return request
 
 
 def _prompt_ids(policy: PolicyLike, fields: dict[str, Any]) -> tuple[int, ...]:

@@ -7,17 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from awf.grpo_config import ADVANTAGES
 from awf.types import UserError
 
-GROUP_KINDS = (
-  "grpo",
-  "dr_grpo",
-  "batch",
-  "rloo",
-  "reinforce_plus_plus_baseline",
-  "maxrl",
-  "opo",
-)
+GROUP_KINDS = tuple(kind for kind in ADVANTAGES if kind != "gae")
 _WHITEN_EPS = 1e-8
 
 

@@ -78,8 +78,7 @@ class DeterministicLoop(asyncio.base_events.BaseEventLoop):
       )
 
   def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
-    """Runs `func` at once, in this thread: with a pool the order of events would depend on "
-    "timing."""
+    """Runs `func` at once, in this thread: with a pool, timing would decide the order of events."""
     future = self.create_future()
     try:
       future.set_result(func(*args))

@@ -46,6 +46,10 @@ def main(argv: Sequence[str]) -> int:
   catch_signals()
   command = None
   try:
+    listing = cli.listing(argv)
+    if listing is not None:
+      print(listing)
+      return 0
     command = cli.parse(argv)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON line alone
       result = _run(command, argv)

@@ -56,7 +56,8 @@ python launch.py --config=configs/NAME.py[:ARGS] [--workdir=DIR] [--mode=MODE]
 
 --workdir  default runs/NAME; a run found there is resumed if its config agrees
 --input, --output  JSON-lines files of mode generate
---config.a.b=VALUE  overrides one field; the fields and their defaults are in configs/base.py
+--config.a.b=VALUE  overrides one field
+--config.help, --config.help=WORD  lists every field (those with WORD in their name)
 """
 
 
@@ -74,6 +75,22 @@ class Command:
 def usage() -> str:
   """The text of --help."""
   return USAGE.format(modes="\n".join(f"  --mode={n:<9} {m.does}" for n, m in MODES.items()))
+
+
+def listing(argv: Sequence[str]) -> str | None:
+  """The text of `--config.help` or `--config.help=WORD`; None where it is not asked for.
+
+  Raises:
+    UserError: a config that cannot be loaded, or no such field.
+  """
+  asked = [x for x in argv if re.fullmatch(r"--?config\.help(=.*)?", x)]
+  if not asked:
+    return None
+  from awf.config_help import help_text  # reads source code; only here
+  from configs.base import base_config
+
+  _, spec = _take_config(list(argv))
+  return help_text(load_config(spec) if spec else base_config(), asked[-1].partition("=")[2])
 
 
 def parse(argv: Sequence[str]) -> Command:

@@ -20,9 +20,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from awf import cli
+from awf.backup import BackupManager, check_target
 from awf.config_io import resolve_paths
 from awf.faults import explain
 from awf.interrupt import Interrupted
+from awf.restore import restore
 from awf.types import UserError
 from awf.workdir import Workdir
 
@@ -69,14 +71,19 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
   mode = cli.MODES[command.mode]
   config = resolve_paths(command.config)
   config.lock()
-  with Workdir(command.workdir) as workdir:
+  with contextlib.ExitStack() as stack:
+    workdir = stack.enter_context(Workdir(command.workdir))
+    module, name = mode.function.split(":")
+    extra = {flag: getattr(command, flag) for flag in mode.needs}
     if mode.owns_workdir:
+      check_target(command.config, workdir)
+      restore(command.config, workdir, command.mode)
       resumed = workdir.open(command.config, command.mode, _command_line(argv))
       log.info("%s %s in %s", "resuming" if resumed else "starting", command.mode, workdir)
-    module, name = mode.function.split(":")
-    function = getattr(importlib.import_module(module), name)
-    extra = {flag: getattr(command, flag) for flag in mode.needs}
     try:
+      if mode.owns_workdir:
+        stack.enter_context(BackupManager(command.config, workdir))
+      function = getattr(importlib.import_module(module), name)
       result = dict(function(config, workdir, **extra))
     except UserError:
       workdir.discard()

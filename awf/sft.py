@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from awf.backup import status_figures
 from awf.checkpoint import Checkpointer
 from awf.grpo.config import OptimConfig
 from awf.grpo.sft import Batch, SFTTrainer, batches, pack_examples
@@ -94,7 +95,8 @@ def run_sft(config: ConfigDict, workdir: Any) -> dict[str, Any]:
       seconds = time.perf_counter() - start
       speed = (step - done) * sft.batch * sft.length / max(seconds, 1e-9)
       left = (sft.steps - step) * sft.batch * sft.length / max(speed, 1e-9)
-      metrics.log(step, values, timings={"perf/tokens_per_second": speed, "time/step": seconds})
+      clock = {"perf/tokens_per_second": speed, "time/step": seconds, **status_figures(workdir)}
+      metrics.log(step, values, timings=clock)
       log.info(
         "step %d of %d, loss %.4f, %.0f tokens/s, %.0f s left",
         step, sft.steps, values["loss"], speed, left,

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from awf.backup import status_figures
 from awf.interrupt import Interrupted, StopRequest
 from awf.progress import Progress
 from awf.summary import about_best, closing_lines, drop_summary, read_summary, write_summary
@@ -163,6 +164,7 @@ class Loop:
       "time/step": updated - started,
       "perf/tokens_per_second": tokens / (searched - started),
       "perf/problems_per_hour": 3600 * jobs / (searched - started),
+      **status_figures(self.workdir),
     }
     best, seed = search.best(), search.tree.nodes[1]
     quality = p.beaten + (best.score > seed.score)

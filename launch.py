@@ -24,6 +24,7 @@ from awf.backup import BackupManager, check_target
 from awf.config_io import resolve_paths
 from awf.faults import explain
 from awf.interrupt import Interrupted
+from awf.preflight import check_files
 from awf.restore import restore
 from awf.types import UserError
 from awf.workdir import Workdir
@@ -71,6 +72,7 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
   mode = cli.MODES[command.mode]
   config = resolve_paths(command.config)
   config.lock()
+  check_files(config, command.mode, command.input, command.output)
   with contextlib.ExitStack() as stack:
     workdir = stack.enter_context(Workdir(command.workdir))
     module, name = mode.function.split(":")

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from awf import cli
+from awf import cli, terminal
 from awf.backup import BackupManager, check_target
 from awf.config_io import resolve_paths
 from awf.faults import explain
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
   if "--help" in argv or "-h" in argv or "--helpfull" in argv:
     print(cli.usage())
     return 0
-  _setup_logging()
+  handler = _setup_logging()
   catch_signals()
   command = None
   try:
@@ -54,7 +54,10 @@ def main(argv: Sequence[str]) -> int:
       print(listing)
       return 0
     command = cli.parse(argv)
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON line alone
+    with (
+      contextlib.redirect_stdout(sys.stderr),  # stdout is for the JSON line alone
+      terminal.show(handler, command.quiet),
+    ):
       result = _run(command, argv)
     print(cli.json_line(result), flush=True)
     return 0
@@ -106,12 +109,12 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def _setup_logging() -> None:
+def _setup_logging() -> terminal.Handler:
   """awf's own progress and everybody's warnings, on stderr."""
-  logging.basicConfig(
-    stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING
-  )
+  handler = terminal.Handler()
+  logging.basicConfig(handlers=[handler], level=logging.WARNING)
   log.setLevel(logging.INFO)
+  return handler
 
 
 def catch_signals() -> None:

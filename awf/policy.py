@@ -112,7 +112,7 @@ class QwenPolicy:
     policy = cls(model_config, params, tokenizer, lora, lora_config, engine)
     policy.base_name, policy.base_fingerprint = str(config.model.path), base
     policy.add_adapters({name: scaled(*found) for name, found in others.items()})
-    log.info(
+    log.debug(
       "adapter of rank %d: %d trainable parameters, %.3f %% of the base",
       lora_config.rank, policy.trainable_parameters, 100 * policy.trainable_share,
     )  # fmt: skip

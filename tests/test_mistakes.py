@@ -209,7 +209,7 @@ def command(here, *argv, code=IMPORTS):
   env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
   return subprocess.run(
     [sys.executable, "-c", code, *argv], cwd=here, env=env, capture_output=True, text=True,
-    timeout=120, check=False,
+    timeout=900, check=False,
   )  # fmt: skip
 
 

@@ -211,6 +211,8 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
     )
   for name in PATH_FIELDS:
     text = get_field(config, name)
+    if name.startswith("task.") and text.startswith("hf://"):
+      continue  # looked up when the data set is loaded
     if text and name not in ("model.path", "lora.init_path") and not find_path(text).exists():
       raise UserError(
         f"config.{name} = {text!r}: no such file; set --config.{name} to one that exists"

@@ -74,8 +74,11 @@ def base_config() -> ConfigDict:
   )
   c.task = ConfigDict(
     dict(
-      name="aime",  # aime, gsm8k, humaneval, nano; or package.module:Class of your own
-      path="",  # local JSON or JSON lines; "" downloads from the data set's home
+      # aime, gsm8k, math, humaneval, mbpp, hotpotqa, drop, nano; package.module:Class of your own
+      name="aime",
+      # JSON or JSON lines, hf://datasets/OWNER/NAME/FILE, or a folder with AFlow's file names;
+      # "" downloads from the data set's home
+      path="",
       test_path="",  # for a data set that comes split
       limit=0,  # use the first n problems; 0 = all
       split_seed=42,

@@ -77,7 +77,7 @@ def normalise_drop(text: str) -> str:
 
 
 def drop_f1(answer: Sequence[str], expected: Sequence[str]) -> tuple[float, bool]:
-  """(F1 to two decimals, exact match) of an answer of several spans.
+  """(F1 to four decimals, exact match) of an answer of several spans.
 
   Spans are aligned one to one for the highest sum of F1; a span without a partner earns 0, so a
   list of guesses is not an answer. A pair counts only when a number in the expected span is in the
@@ -92,7 +92,7 @@ def drop_f1(answer: Sequence[str], expected: Sequence[str]) -> tuple[float, bool
   if not bags or not gold:
     return 0.0, False
   scores = [[_bag_f1(bag, other) for bag in bags[:MAX_SPANS]] for other in gold[:MAX_SPANS]]
-  return round(_best_alignment(scores) / size, 2), exact
+  return round(_best_alignment(scores) / size, 4), exact
 
 
 def _bag_f1(bag: set[str], gold: set[str]) -> float:

@@ -113,6 +113,8 @@ RULES: dict[str, Rule] = {
   "search.subset_problems": at_least(1),
   "search.full_problems": at_least(0),
   "search.full_top": at_least(0),
+  "search.curriculum": one_of("none", "easy_first", "hard_first"),
+  "search.curriculum_share": _SHARE,
   "search.start_share": _SHARE,
   "search.driver": one_of("awf"),
   "grpo.group_size": at_least(2),

@@ -115,6 +115,9 @@ def base_config() -> ConfigDict:
       subset_problems=8,  # common problems of a group, for the reward
       full_problems=0,  # full validation of survivors; 0 = all validation problems
       full_top=2,  # children per round that go on to full validation
+      # common problems by solve rate: none (from all), easy_first, hard_first
+      curriculum="none",
+      curriculum_share=0.5,  # part of the problems in the first round; all are in at the last
       starts="",  # JSON lines {graph, prompt}: further start workflows beside the seed
       start_share=0.0,  # share of the parents of a round taken from the start workflows
       driver="awf",

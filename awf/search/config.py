@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from awf.search.curriculum import ORDERS
 from awf.search.propose import STYLES
 from awf.types import UserError, WorkflowSource
 
@@ -48,11 +49,15 @@ class SearchConfig:
   subset_problems: int = 8
   full_problems: int = 0
   full_top: int = 2
+  curriculum: str = "none"
+  curriculum_share: float = 0.5
   start_share: float = 0.0
   reward: RewardConfig = RewardConfig()
 
   def __post_init__(self) -> None:
-    for name, known in (("selection", SELECTIONS), ("prompt", STYLES)):
+    for name, known in (
+      ("selection", SELECTIONS), ("prompt", STYLES), ("curriculum", ORDERS),
+    ):  # fmt: skip
       if getattr(self, name) not in known:
         raise UserError(
           f"config.search.{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
@@ -70,7 +75,7 @@ class SearchConfig:
     ):  # fmt: skip
       if getattr(self, name) < low:
         raise UserError(f"config.search.{name}: expected at least {low}, got {getattr(self, name)}")
-    for name in ("mix_lambda", "start_share"):
+    for name in ("mix_lambda", "start_share", "curriculum_share"):
       if not 0.0 <= getattr(self, name) <= 1.0:
         raise UserError(
           f"config.search.{name}: expected a share in [0, 1], got {getattr(self, name)}"

@@ -18,6 +18,7 @@ from typing import Any
 
 from awf.search import rounds
 from awf.search.config import SearchConfig
+from awf.search.curriculum import problem_pool
 from awf.search.propose import Edit, experience_lines, log_text, modification_of, parse_reply
 from awf.search.propose import proposal_messages as messages_for
 from awf.search.rounds import Child, RoundResult, Slot
@@ -175,10 +176,19 @@ class MCTSOptimizer:
     chosen = self._rng("full").sample(range(len(self.problems)), count)
     return tuple(self.problems[i] for i in sorted(chosen))
 
-  def common_problems(self, round: int) -> tuple[Problem, ...]:
-    """The problems on which every child of a round is scored; the first ones serve as smoke run."""
-    count = min(self.config.subset_problems, len(self.problems))
-    return tuple(self._rng("common", round).sample(list(self.problems), count))
+  def common_problems(self, round: int, tree: Tree | None = None) -> tuple[Problem, ...]:
+    """The problems on which every child of a round is scored; the first ones serve as smoke run.
+
+    With a curriculum they come from the easiest (or hardest) problems by the solve rates in `tree`
+    (None is the search's own).
+    """
+    config = self.config
+    count = min(config.subset_problems, len(self.problems))
+    progress = (round - 1) / max(1, config.rounds - 1)
+    order, share = config.curriculum, config.curriculum_share
+    tree = self.tree if tree is None else tree
+    pool = problem_pool(tree, self.problems, order, share, progress, count)
+    return tuple(self._rng("common", round).sample(pool, count))
 
   # ---- one round ----
 
@@ -192,7 +202,7 @@ class MCTSOptimizer:
     self._prepare_workspace()
     draft = rounds.Draft(self.tree, self.rounds_done + 1)
     await self._ensure_seed(draft)
-    common = self.common_problems(draft.round)
+    common = self.common_problems(draft.round, draft.tree)
     slots, starts_used = await self._pick_slots(draft, common)
     verdicts: dict[str, asyncio.Task[Verdict]] = {}
     try:

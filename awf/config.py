@@ -107,6 +107,10 @@ RULES: dict[str, Rule] = {
   "search.mix_alpha": at_least(0),
   "search.uct_c": at_least(0),
   "search.prompt": one_of("full", "compact"),
+  "search.operators": Rule(
+    lambda v: all(name.isidentifier() for name in v) and len(set(v)) == len(v),
+    "names of operators, each once",
+  ),
   "search.logs": at_least(0),
   "search.experience": at_least(0),
   "search.smoke_problems": at_least(1),

@@ -109,6 +109,7 @@ def base_config() -> ConfigDict:
       mix_alpha=0.2,
       uct_c=1.0,
       prompt="full",  # full (any chat model), compact
+      operators=(),  # offered to the optimiser, by name; () = those of the data set's kind
       logs=3,  # failure log entries shown to the optimiser
       experience=8,  # experience lines shown to the optimiser
       smoke_problems=1,

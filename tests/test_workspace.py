@@ -232,7 +232,7 @@ def test_a_workspace_of_aflow_is_continued(sandbox, tmp_path):
 
 def test_broken_files_are_the_users_mistake(tmp_path):
   path = aflow_workspace(tmp_path)
-  workspace = Workspace(tmp_path, "AIME", "math")
+  workspace = Workspace(tmp_path, "AIME", ("Custom",))
   assert workspace.is_foreign()
   (path / "round_2" / "graph.py").unlink()
   with pytest.raises(UserError, match="round_2"):

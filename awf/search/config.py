@@ -11,6 +11,7 @@ from typing import Any
 from awf.search.curriculum import ORDERS
 from awf.search.propose import STYLES
 from awf.types import UserError, WorkflowSource
+from awf.workflow.contract import OPERATORS, operators_of
 
 SELECTIONS = ("aflow", "uct")
 QUESTION_TYPES = ("qa", "math", "code")
@@ -43,6 +44,7 @@ class SearchConfig:
   mix_alpha: float = 0.2
   uct_c: float = 1.0
   prompt: str = "full"
+  operators: tuple[str, ...] = ()  # offered to the optimiser; () becomes those of the question type
   logs: int = 3
   experience: int = 8
   smoke_problems: int = 1
@@ -64,6 +66,13 @@ class SearchConfig:
         )
     if self.question_type not in QUESTION_TYPES:
       raise UserError(f"config.task: expected a question type among {QUESTION_TYPES}")
+    unknown = [name for name in self.operators if name not in OPERATORS]
+    if unknown or len(set(self.operators)) != len(self.operators):
+      raise UserError(
+        f"config.search.operators: expected names among {', '.join(OPERATORS)}, each once, got "
+        f"{', '.join(map(str, self.operators))}"
+      )
+    object.__setattr__(self, "operators", self.operators or operators_of(self.question_type))
     if not self.dataset.isidentifier():
       raise UserError(
         f"config.task.name: the data set's folder must be a Python name, got {self.dataset!r}"
@@ -83,6 +92,11 @@ class SearchConfig:
     if self.group_size < 1:
       raise UserError(f"config.grpo.group_size: expected at least 1, got {self.group_size}")
 
+  @property
+  def is_code(self) -> bool:
+    """Whether workflows get an entry point."""
+    return self.question_type == "code"
+
   @staticmethod
   def from_config(
     search: Mapping[str, Any],
@@ -96,6 +110,7 @@ class SearchConfig:
     """Makes it from `config.search` and `config.reward`; other parts' fields are left out."""
     names = {f.name for f in dataclasses.fields(SearchConfig)} - {"reward"}
     fields = {k: v for k, v in search.items() if k in names}
+    fields["operators"] = tuple(fields.get("operators", ()))
     return SearchConfig(
       dataset=dataset,
       question_type=question_type,

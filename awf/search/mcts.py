@@ -27,7 +27,7 @@ from awf.search.stages import COPY, Grader, Runner, Trials, Verdict, check, gath
 from awf.search.tree import SEED, Node, Tree, add_event, expand_event, replay
 from awf.search.workspace import Workspace
 from awf.types import Completion, Failure, Problem, UserError, WorkflowSource, stable_hash
-from awf.workflow.contract import OPERATORS_BY_TYPE, seed_source
+from awf.workflow.contract import ALL_OPERATORS, seed_source
 from awf.workflow.static import static_check
 
 log = logging.getLogger(__name__)
@@ -85,15 +85,14 @@ class MCTSOptimizer:
     self.config = config
     self.problems = tuple(problems)
     self.seed = seed
-    self.workspace = Workspace(workspace, config.dataset, config.question_type)
+    self.workspace = Workspace(workspace, config.dataset, config.operators)
     self._by_id = {p.id: p for p in self.problems}
     self._proposer = proposer
     self._trials = Trials(runner, evaluator)
     self._starts = tuple(starts)
     self._root = root or seed_source(config.question_type)
-    operators = OPERATORS_BY_TYPE[config.question_type]
     for number, source in enumerate((self._root, *self._starts)):
-      failure = static_check(source, operators)
+      failure = static_check(source, ALL_OPERATORS, config.is_code)
       if failure is not None:
         raise UserError(
           f"config.search.starts: workflow {number} fails the static check: {failure.message}"
@@ -234,7 +233,7 @@ class MCTSOptimizer:
     """Takes over the rounds of a workspace that AFlow wrote."""
     events = []
     for node in self.workspace.adopt(self.problems):
-      valid = static_check(node.source, OPERATORS_BY_TYPE[self.config.question_type]) is None
+      valid = static_check(node.source, ALL_OPERATORS, self.config.is_code) is None
       key = key_of(node.source) if valid else ""
       events.append(add_event(dataclasses.replace(node, canonical=key)))
     self._state = SearchState(tuple(events), replay(events))
@@ -289,7 +288,12 @@ class MCTSOptimizer:
     rng = self._rng("logs", round, parent.id, index)
     logs = log_text(parent.log, self._by_id, config.logs, rng)
     messages = messages_for(
-      parent, experience, logs, style=config.prompt, question_type=config.question_type
+      parent,
+      experience,
+      logs,
+      style=config.prompt,
+      question_type=config.question_type,
+      operators=config.operators,
     )
     key = stable_hash(self.seed, "propose", round, parent.id, index)
     return Slot(index, f"{round}/{index}", parent, messages, key)
@@ -339,7 +343,7 @@ class MCTSOptimizer:
     if not isinstance(edit, Edit):
       return dataclasses.replace(child, verdict=Verdict("format", edit))
     child = dataclasses.replace(child, source=edit.source)
-    key = check(edit.source, slot.parent.canonical, self.config.question_type)
+    key = check(edit.source, slot.parent, self.config.operators, self.config.is_code)
     if isinstance(key, Failure):
       return dataclasses.replace(child, verdict=Verdict("static", key), copies=key is COPY)
     if key not in verdicts:

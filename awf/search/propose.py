@@ -20,6 +20,7 @@ from awf.workflow.contract import (
   MAX_PROMPT_CHARS,
   OPERATORS_BY_TYPE,
   SEED_PROMPT,
+  allowed_operators,
   describe,
   strip_header,
 )
@@ -95,9 +96,16 @@ def log_text(
 
 
 def proposal_messages(
-  node: Node, experience: Sequence[str], logs: str, *, style: str, question_type: str
+  node: Node,
+  experience: Sequence[str],
+  logs: str,
+  *,
+  style: str,
+  question_type: str,
+  operators: tuple[str, ...] = (),
 ) -> list[dict[str, str]]:
-  """The chat messages that ask for an edit of `node`."""
+  """The chat messages that ask for an edit of `node`; `operators` are offered beside its own, ()
+  those of the question type."""
   prompt = neutralise(node.source.prompt).strip() or SEED_PROMPT
   source = WorkflowSource(neutralise(node.source.graph), prompt)
   shown = compact_prompt(source, node.score, experience, logs)
@@ -105,9 +113,10 @@ def proposal_messages(
     call = "async __call__(self, problem: str)"
     if question_type == "code":
       call = "async __call__(self, problem: str, entry_point: str)"
-    operators = describe(OPERATORS_BY_TYPE[question_type])
+    offered = operators or OPERATORS_BY_TYPE[question_type]
+    listed = describe(allowed_operators(offered, node.source.graph))
     rules = FULL_RULES.format(kind=question_type, call=call)
-    shown = f"{shown}\n<operators>\n{operators}\n</operators>\n\n{rules}"
+    shown = f"{shown}\n<operators>\n{listed}\n</operators>\n\n{rules}"
     if experience:
       shown += "\n\nThe experience lists edits that were tried, each with the score it reached."
     if logs:

@@ -70,11 +70,11 @@ def _load(path: Path) -> Any:
 class Workspace:
   """The files of one data set's search."""
 
-  def __init__(self, root: Path | str, dataset: str, question_type: str):
+  def __init__(self, root: Path | str, dataset: str, operators: tuple[str, ...]):
     self.path = Path(root) / dataset / "workflows"
     self.journal = Path(root) / dataset / "journal.jsonl"
     self.dataset = dataset
-    self._question_type = question_type
+    self._operators = operators  # that are offered to the optimiser
 
   def round_path(self, id: int) -> Path:
     return self.path / f"round_{id}"
@@ -90,7 +90,7 @@ class Workspace:
     Rounds that are newer than the events (an interrupted run had gone on) are removed, missing ones
     are written.
     """
-    for name, text in template_files(self._question_type).items():
+    for name, text in template_files(self._operators).items():
       write_atomic(self.path / "template" / name, text)
     for id in self.round_ids():
       if id not in tree.nodes:

@@ -120,6 +120,7 @@ def base_config() -> ConfigDict:
       curriculum="none",
       curriculum_share=0.5,  # part of the problems in the first round; all are in at the last
       starts="",  # JSON lines {graph, prompt}: further start workflows beside the seed
+      workspace="",  # a workspace of AFlow to continue; it is copied, never changed
       start_share=0.0,  # share of the parents of a round taken from the start workflows
       driver="awf",
     )

@@ -56,9 +56,10 @@ class MCTSOptimizer:
     proposer: `proposer(messages, n, key)` draws n completions of one prompt from the policy.
     problems: the validation problems; no other problem is ever used.
     workspace: folder that gets `<Dataset>/workflows/...`; a workspace that AFlow wrote is
-      continued. seed: of every choice of the search. starts: further start workflows;
-      config.start_share of each round's parents are taken from them. root: the first workflow; None
-      is AFlow's seed of the question type.
+      continued.
+    seed: of every choice of the search.
+    starts: further start workflows; config.start_share of each round's parents are taken from them.
+    root: the first workflow; None is AFlow's seed of the question type.
 
   Raises:
     UserError: no problems, or a start workflow that fails the static check.
@@ -232,15 +233,21 @@ class MCTSOptimizer:
   def _adopt(self) -> None:
     """Takes over the rounds of a workspace that AFlow wrote."""
     events = []
-    for node in self.workspace.adopt(self.problems):
+    for node in self.workspace.adopt(self.problems, self._root):
       valid = static_check(node.source, ALL_OPERATORS, self.config.is_code) is None
       key = key_of(node.source) if valid else ""
       events.append(add_event(dataclasses.replace(node, canonical=key)))
     self._state = SearchState(tuple(events), replay(events))
-    log.info("continuing an AFlow workspace with %d evaluated rounds", len(self.tree.nodes))
+    evaluated = sum(node.evaluated for node in self.tree.nodes.values())
+    log.info("continuing an AFlow workspace with %d evaluated rounds", evaluated)
 
   async def _ensure_seed(self, draft: rounds.Draft) -> None:
-    if SEED in draft.tree.nodes:
+    seed = draft.tree.nodes.get(SEED)
+    if seed is not None:
+      if not seed.evaluated:  # of a workspace of AFlow that has no score of it
+        key = key_of(seed.source)
+        verdict = await self._trials.validate(seed.source, key, self._full)
+        draft.score(SEED, verdict)
       return
     key = key_of(self._root)
     verdict = await self._trials.validate(self._root, key, self._full)

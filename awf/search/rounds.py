@@ -108,10 +108,7 @@ class Draft:
     Raises:
       RuntimeError: infrastructure failures on all problems, so that it has no score.
     """
-    if not verdict.scores:
-      failed = verdict.trials[0].failure
-      why = failed.message if failed is not None else "no problem was run"
-      raise RuntimeError(f"the {name} could not be run on any problem: {why}")
+    _refuse_unscored(name, verdict)
     node = Node(
       id=self.tree.next_id,
       parent=NO_NODE,
@@ -124,6 +121,23 @@ class Draft:
       log=verdict.log,
     )
     self.add(node, verdict.trials)
+
+  def score(self, id: int, verdict: Verdict) -> None:
+    """Gives its scores to a root that has none yet.
+
+    Raises:
+      RuntimeError: as `add_root`.
+    """
+    _refuse_unscored(f"workflow of round {id}", verdict)
+    self.apply(evaluate_event(id, verdict.scores, "full", verdict.log))
+    self.trials[id] = verdict.trials
+
+
+def _refuse_unscored(name: str, verdict: Verdict) -> None:
+  if not verdict.scores:
+    failed = verdict.trials[0].failure
+    why = failed.message if failed is not None else "no problem was run"
+    raise RuntimeError(f"the {name} could not be run on any problem: {why}")
 
 
 async def settle(tasks: Collection[asyncio.Task[Any]]) -> None:

@@ -101,13 +101,20 @@ def base_config() -> ConfigDict:
   c.search = ConfigDict(
     dict(
       scope="dataset",  # dataset
-      selection="aflow",  # aflow (soft mixture), uct
+      selection="aflow",  # aflow (soft mixture), uct, puct (prior: the mixture over an arm's score)
       rounds=10,  # expansions steps; each proposes for `parents` nodes
       parents=4,  # nodes expanded at once (groups of a GRPO batch)
       sample=4,  # AFlow's pool size for the soft mixture
       mix_lambda=0.3,
       mix_alpha=0.2,
-      uct_c=1.0,
+      uct_c=1.0,  # exploration constant of uct and puct
+      uct_adapt=False,  # uct_c times the standard deviation of the scores
+      # a search ends when the mean of its best three did not move (by more than z standard errors)
+      # in so many rounds, AFlow's rule with 5; 0 = never
+      converge_rounds=0,
+      converge_z=0.0,
+      max_calls=0,  # model calls of a search, proposals included; 0 = no limit
+      max_tokens=0,  # generated tokens of a search; 0 = no limit
       prompt="full",  # full (any chat model), compact
       operators=(),  # offered to the optimiser, by name; () = those of the data set's kind
       logs=3,  # failure log entries shown to the optimiser

@@ -231,7 +231,7 @@ def test_defaults_pass_and_every_rule_names_a_field(config):
     ("eval.parent_count", 4, "eval.parents"),
     ("sandbox.wall_seconds", 1.0, "sandbox.cpu_seconds"),
     ("grpo.group_size", 1, "at least 2"),
-    ("search.selection", "puct", "one of aflow, uct"),
+    ("search.selection", "ucb", "one of aflow, uct, puct"),
     ("task.path", "/nowhere.jsonl", "no such file"),
     ("model.path", "", "configs/quickstart.py"),
     ("model.path", "./nowhere", "--config.model.path"),

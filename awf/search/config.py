@@ -13,7 +13,7 @@ from awf.search.propose import STYLES
 from awf.types import UserError, WorkflowSource
 from awf.workflow.contract import OPERATORS, operators_of
 
-SELECTIONS = ("aflow", "uct")
+SELECTIONS = ("aflow", "uct", "puct")
 QUESTION_TYPES = ("qa", "math", "code")
 
 
@@ -43,6 +43,11 @@ class SearchConfig:
   mix_lambda: float = 0.3
   mix_alpha: float = 0.2
   uct_c: float = 1.0
+  uct_adapt: bool = False
+  converge_rounds: int = 0
+  converge_z: float = 0.0
+  max_calls: int = 0
+  max_tokens: int = 0
   prompt: str = "full"
   operators: tuple[str, ...] = ()  # offered to the optimiser; () becomes those of the question type
   logs: int = 3
@@ -80,7 +85,8 @@ class SearchConfig:
     for name, low in (
       ("rounds", 0), ("parents", 1), ("sample", 1), ("logs", 0), ("experience", 0),
       ("smoke_problems", 0), ("subset_problems", 1), ("full_problems", 0), ("full_top", 0),
-      ("uct_c", 0), ("mix_alpha", 0),
+      ("uct_c", 0), ("mix_alpha", 0), ("converge_rounds", 0), ("converge_z", 0),
+      ("max_calls", 0), ("max_tokens", 0),
     ):  # fmt: skip
       if getattr(self, name) < low:
         raise UserError(f"config.search.{name}: expected at least {low}, got {getattr(self, name)}")

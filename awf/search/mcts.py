@@ -18,11 +18,12 @@ from typing import Any
 
 from awf.search import rounds
 from awf.search.config import SearchConfig
+from awf.search.converge import search_converged
 from awf.search.curriculum import problem_pool
 from awf.search.propose import Edit, experience_lines, log_text, modification_of, parse_reply
 from awf.search.propose import proposal_messages as messages_for
 from awf.search.rounds import Child, RoundResult, Slot
-from awf.search.select import select_aflow, select_uct
+from awf.search.select import adapted_c, select_aflow, select_puct, select_uct
 from awf.search.stages import COPY, Grader, Runner, Trials, Verdict, check, gather_all, key_of
 from awf.search.tree import SEED, Node, Tree, add_event, expand_event, replay
 from awf.search.workspace import Workspace
@@ -117,6 +118,33 @@ class MCTSOptimizer:
   def _stages(self) -> tuple[str, ...]:
     """Stages whose nodes can be selected: one kind of score only, so that scores compare."""
     return ("full",) if self.config.full_top else ("subset", "full")
+
+  def why_done(self) -> str:
+    """Why no further round is due: rounds, a budget, or AFlow's convergence; "" while one is.
+
+    All of it is a function of the rounds so far, so a resumed search ends where it would have.
+    """
+    c = self.config
+    if self.rounds_done >= c.rounds:
+      return f"config.search.rounds = {c.rounds}"
+    spent = self.spent()
+    for name, limit in (("calls", c.max_calls), ("tokens", c.max_tokens)):
+      if limit and spent[name] >= limit:
+        return f"config.search.max_{name} = {limit}: {spent[name]} are spent"
+    nodes = self.tree.selectable(self._stages)
+    still = search_converged(nodes, self.rounds_done, c.converge_rounds, c.converge_z)
+    if still is None:
+      return ""
+    return f"the best workflows did not change in rounds {still[0]} to {still[1]}"
+
+  def spent(self) -> dict[str, int]:
+    """Model calls and generated tokens of all rounds, proposals included.
+
+    Equal trials of one round count once; what an earlier round left in a cache counts again, so
+    that an interrupt changes nothing.
+    """
+    notes = [event for event in self._state.events if event["event"] == "round"]
+    return {name: sum(note.get(name, 0) for note in notes) for name in ("calls", "tokens")}
 
   def best(self) -> Node:
     """The selectable node with the highest score; the earlier one on a tie.
@@ -215,7 +243,7 @@ class MCTSOptimizer:
     full = await self._validate_best(draft.tree, children)
     rounds.grow(draft, children, full)
     result = rounds.summarise(draft, children, common, self.config, self._full, self._stages)
-    draft.note(rounds.round_note(common, children))
+    draft.note(rounds.round_note(draft, common, children, full))
     self._commit(draft, starts_used)
     return result
 
@@ -282,9 +310,11 @@ class MCTSOptimizer:
 
   def _select(self, tree: Tree, round: int, count: int) -> list[Node]:
     nodes = tree.selectable(self._stages)
-    if self.config.selection == "uct":
-      return select_uct(tree, nodes, count, c=self.config.uct_c)
     c = self.config
+    if c.selection in ("uct", "puct"):
+      constant = adapted_c(nodes, c.uct_c) if c.uct_adapt else c.uct_c
+      select = select_uct if c.selection == "uct" else select_puct
+      return select(tree, nodes, count, c=constant)
     mix = {"sample": c.sample, "mix_lambda": c.mix_lambda, "mix_alpha": c.mix_alpha}
     return select_aflow(nodes, count, self._rng("select", round), **mix)
 

@@ -82,6 +82,11 @@ class Draft:
     self.round = round
     self.events: list[dict[str, Any]] = []
     self.trials: dict[int, Sequence[Trial]] = {}
+    self.used: dict[tuple[str, str], Trial] = {}  # by workflow and problem
+
+  def use(self, canonical: str, trials: Sequence[Trial]) -> None:
+    """Counts trials among what the round cost; equal ones count once."""
+    self.used |= {(canonical, t.problem.id): t for t in trials}
 
   def note(self, event: dict[str, Any]) -> None:
     """Records an event that changes no node."""
@@ -109,6 +114,7 @@ class Draft:
       RuntimeError: infrastructure failures on all problems, so that it has no score.
     """
     _refuse_unscored(name, verdict)
+    self.use(canonical, verdict.trials)
     node = Node(
       id=self.tree.next_id,
       parent=NO_NODE,
@@ -129,6 +135,7 @@ class Draft:
       RuntimeError: as `add_root`.
     """
     _refuse_unscored(f"workflow of round {id}", verdict)
+    self.use(self.tree.nodes[id].canonical, verdict.trials)
     self.apply(evaluate_event(id, verdict.scores, "full", verdict.log))
     self.trials[id] = verdict.trials
 
@@ -342,8 +349,18 @@ def _record(child: Child, round: int, config: RewardConfig) -> dict[str, Any]:
   }
 
 
-def round_note(common: Sequence[Problem], children: Sequence[Child]) -> dict[str, Any]:
-  """The journal's line for a round as a whole."""
+def round_note(
+  draft: Draft,
+  common: Sequence[Problem],
+  children: Sequence[Child],
+  full: Mapping[str, Verdict],
+) -> dict[str, Any]:
+  """The journal's line for a round as a whole, with what it cost."""
+  for child in children:
+    draft.use(child.canonical, child.verdict.trials)
+  for key, verdict in full.items():
+    draft.use(key, verdict.trials)
+  trials = draft.used.values()
   slots = {c.slot.index: c.slot for c in children}
   ends = [[c.slot.index, c.index, c.verdict.stage, c.runs] for c in children]
   return {
@@ -351,4 +368,6 @@ def round_note(common: Sequence[Problem], children: Sequence[Child]) -> dict[str
     "common": [p.id for p in common],
     "parents": [slots[i].parent.id for i in sorted(slots)],
     "proposals": ends,
+    "calls": len(children) + sum(t.calls for t in trials),
+    "tokens": sum(len(c.completion.token_ids) for c in children) + sum(t.tokens for t in trials),
   }

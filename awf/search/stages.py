@@ -42,6 +42,8 @@ class Trial:
   output: str  # the answer, or the typed failure; capped
   extracted: str
   failure: Failure | None = None
+  calls: int = 0  # of the model
+  tokens: int = 0  # that it generated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Trials:
       if math.isnan(grade.score):  # the grader itself failed
         failure = Failure("infrastructure", grade.reason or "the grader failed")
       trial = Trial(problem, float(grade.score), answer[-MAX_OUTPUT:], grade.answer, failure)
+    trial = dataclasses.replace(trial, calls=result.calls, tokens=result.completion_tokens)
     if not math.isnan(trial.score):
       self._done[key, problem.id] = trial
     return trial

@@ -115,6 +115,7 @@ RULES: dict[str, Rule] = {
     lambda v: all(name.isidentifier() for name in v) and len(set(v)) == len(v),
     "names of operators, each once",
   ),
+  "search.repairs": between(0, 3),
   "search.logs": at_least(0),
   "search.experience": at_least(0),
   "search.smoke_problems": at_least(1),

@@ -117,6 +117,9 @@ def base_config() -> ConfigDict:
       max_tokens=0,  # generated tokens of a search; 0 = no limit
       prompt="full",  # full (any chat model), compact
       operators=(),  # offered to the optimiser, by name; () = those of the data set's kind
+      # turns in which a proposal that fails a check or its smoke run may be repaired; the repaired
+      # workflow enters the tree, the reward stays that of the first try
+      repairs=0,
       logs=3,  # failure log entries shown to the optimiser
       experience=8,  # experience lines shown to the optimiser
       smoke_problems=1,

@@ -50,6 +50,7 @@ class SearchConfig:
   max_tokens: int = 0
   prompt: str = "full"
   operators: tuple[str, ...] = ()  # offered to the optimiser; () becomes those of the question type
+  repairs: int = 0
   logs: int = 3
   experience: int = 8
   smoke_problems: int = 1
@@ -83,7 +84,7 @@ class SearchConfig:
         f"config.task.name: the data set's folder must be a Python name, got {self.dataset!r}"
       )
     for name, low in (
-      ("rounds", 0), ("parents", 1), ("sample", 1), ("logs", 0), ("experience", 0),
+      ("rounds", 0), ("parents", 1), ("sample", 1), ("logs", 0), ("repairs", 0), ("experience", 0),
       ("smoke_problems", 0), ("subset_problems", 1), ("full_problems", 0), ("full_top", 0),
       ("uct_c", 0), ("mix_alpha", 0), ("converge_rounds", 0), ("converge_z", 0),
       ("max_calls", 0), ("max_tokens", 0),

@@ -20,7 +20,14 @@ from awf.search import rounds
 from awf.search.config import SearchConfig
 from awf.search.converge import search_converged
 from awf.search.curriculum import problem_pool
-from awf.search.propose import Edit, experience_lines, log_text, modification_of, parse_reply
+from awf.search.propose import (
+  Edit,
+  experience_lines,
+  log_text,
+  modification_of,
+  parse_reply,
+  repair_messages,
+)
 from awf.search.propose import proposal_messages as messages_for
 from awf.search.rounds import Child, RoundResult, Slot
 from awf.search.select import adapted_c, select_aflow, select_puct, select_uct
@@ -239,7 +246,7 @@ class MCTSOptimizer:
     finally:
       await rounds.settle(verdicts.values())
     children = [child for group in groups for child in group]
-    self._refuse_if_nothing_fits(children)
+    self._refuse_if_nothing_fits([child for child in children if not child.turn])
     full = await self._validate_best(draft.tree, children)
     rounds.grow(draft, children, full)
     result = rounds.summarise(draft, children, common, self.config, self._full, self._stages)
@@ -344,8 +351,31 @@ class MCTSOptimizer:
       raise ValueError(
         f"the proposer gave {len(completions)} completions, expected {self.config.group_size}"
       )
-    jobs = (self._judge(slot, i, c, common, verdicts) for i, c in enumerate(completions))
-    return await gather_all(jobs)
+    jobs = (self._child(slot, i, c, common, verdicts) for i, c in enumerate(completions))
+    return [child for turns in await gather_all(jobs) for child in turns]
+
+  async def _child(
+    self,
+    slot: Slot,
+    index: int,
+    completion: Completion,
+    common: Sequence[Problem],
+    verdicts: dict[str, asyncio.Task[Verdict]],
+  ) -> list[Child]:
+    """A proposal, then its repairs until one runs; the policy is told what was wrong each time."""
+    child = await self._judge(slot, index, completion, common, verdicts)
+    turns, messages = [child], slot.messages
+    for turn in range(1, self.config.repairs + 1):
+      failure = child.verdict.failure
+      if failure is None or child.lost:
+        break
+      messages = repair_messages(messages, child.completion.text, failure)
+      key = stable_hash(self.seed, "repair", slot.key, index, turn)
+      (repaired,) = await self._proposer(messages, 1, key)
+      child = await self._judge(slot, index, repaired, common, verdicts)
+      child = dataclasses.replace(child, turn=turn)
+      turns.append(child)
+    return turns
 
   async def _refill(
     self,
@@ -361,7 +391,8 @@ class MCTSOptimizer:
     """
     again = []
     for slot, group in zip(slots, groups, strict=True):
-      rewards = {rounds.reward_of(c, self.config.reward)[0] for c in group if not c.lost}
+      own = (c for c in group if not c.turn and not c.lost)
+      rewards = {rounds.reward_of(c, self.config.reward)[0] for c in own}
       if len(rewards) == 1 and len(again) < self.config.refill:
         key = stable_hash(self.seed, "refill", round, slot.parent.id, slot.index)
         again.append(dataclasses.replace(slot, group=f"{slot.group}/again", key=key))

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from awf.search.compact import compact_prompt
-from awf.search.text import excerpt, forbidden, neutralise, one_line
+from awf.search.text import excerpt, forbidden, neutralise, one_line, without_chat_tokens
 from awf.search.tree import LogEntry, Node
 from awf.types import Failure, Problem, WorkflowSource
 from awf.workflow.contract import (
@@ -122,6 +122,22 @@ def proposal_messages(
     if logs:
       shown += "\nThe logs show some of the problems that it got wrong."
   return [{"role": "user", "content": shown}]
+
+
+def repair_messages(
+  messages: Sequence[dict[str, str]], reply: str, failure: Failure
+) -> list[dict[str, str]]:
+  """The chat so far, the reply, and what was wrong with it."""
+  asked = (
+    f"This edit does not work: {one_line(failure.message, 300)}\n"
+    "Repair it and reply with the three elements again, whole: modification, graph, prompt."
+  )
+  shown = without_chat_tokens(_THINKING.sub("", reply))
+  return [
+    *messages,
+    {"role": "assistant", "content": shown},
+    {"role": "user", "content": asked},
+  ]
 
 
 def _element(text: str, tag: str) -> str | None:

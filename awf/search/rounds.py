@@ -43,6 +43,7 @@ class Child:
   canonical: str = ""  # "" when it did not pass the static check, or copies its parent
   copies: bool = False  # equals its parent
   verdict: Verdict = Verdict("format", None)
+  turn: int = 0  # 0: the proposal itself; its repairs enter the tree, but are no rollouts
 
   @property
   def refused(self) -> bool:
@@ -237,16 +238,19 @@ def summarise(
   stages: tuple[str, ...],
 ) -> RoundResult:
   """The round's result, from the finished draft."""
+  first = [c for c in children if not c.turn]
   added = {e["node"]["id"] for e in draft.events if e["event"] == "add"}
   earlier = {n.canonical for n in draft.tree.nodes.values() if n.born < draft.round}
   metrics = {
     **_tree_metrics(draft, full, stages),
-    **_child_metrics(children, common, earlier),
-    **_pass_metrics(children, common, config.group_size),
+    **_child_metrics(first, common, earlier),
+    **_pass_metrics(first, common, config.group_size),
   }
+  if config.repairs:
+    metrics["repaired"] = float(sum(c.runs for c in children if c.turn))
   return RoundResult(
     round=draft.round,
-    rollouts=[rollout_of(c, config.reward) for c in children if not c.refused],
+    rollouts=[rollout_of(c, config.reward) for c in first if not c.refused],
     nodes=[draft.tree.nodes[id] for id in sorted(added)],
     metrics={f"mcts/{name}": value for name, value in metrics.items()},
     records=[_record(c, draft.round, config.reward) for c in children],
@@ -334,6 +338,7 @@ def _record(child: Child, round: int, config: RewardConfig) -> dict[str, Any]:
     "round": round,
     "group": child.slot.group,
     "child": child.index,
+    "turn": child.turn,
     "parent": child.slot.parent.id,
     "parent_score": _or_none(child.slot.parent.score),
     "reward": _or_none(reward),
@@ -362,7 +367,7 @@ def round_note(
     draft.use(key, verdict.trials)
   trials = draft.used.values()
   slots = {c.slot.index: c.slot for c in children}
-  ends = [[c.slot.index, c.index, c.verdict.stage, c.runs] for c in children]
+  ends = [[c.slot.index, c.index, c.verdict.stage, c.runs] for c in children if not c.turn]
   return {
     "event": "round",
     "common": [p.id for p in common],

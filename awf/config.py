@@ -99,20 +99,31 @@ RULES: dict[str, Rule] = {
   "sandbox.output_bytes": at_least(1000),
   "sandbox.max_calls": at_least(1),
   "search.scope": one_of("dataset"),
-  "search.selection": one_of("aflow", "uct"),
+  "search.selection": one_of("aflow", "uct", "puct"),
   "search.rounds": at_least(0),
   "search.parents": at_least(1),
   "search.sample": at_least(1),
   "search.mix_lambda": _SHARE,
   "search.mix_alpha": at_least(0),
   "search.uct_c": at_least(0),
+  "search.converge_rounds": at_least(0),
+  "search.converge_z": at_least(0),
+  "search.max_calls": at_least(0),
+  "search.max_tokens": at_least(0),
   "search.prompt": one_of("full", "compact"),
+  "search.operators": Rule(
+    lambda v: all(name.isidentifier() for name in v) and len(set(v)) == len(v),
+    "names of operators, each once",
+  ),
+  "search.repairs": between(0, 3),
   "search.logs": at_least(0),
   "search.experience": at_least(0),
   "search.smoke_problems": at_least(1),
   "search.subset_problems": at_least(1),
   "search.full_problems": at_least(0),
   "search.full_top": at_least(0),
+  "search.curriculum": one_of("none", "easy_first", "hard_first"),
+  "search.curriculum_share": _SHARE,
   "search.start_share": _SHARE,
   "search.driver": one_of("awf"),
   "grpo.group_size": at_least(2),
@@ -211,6 +222,8 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
     )
   for name in PATH_FIELDS:
     text = get_field(config, name)
+    if name.startswith("task.") and text.startswith("hf://"):
+      continue  # looked up when the data set is loaded
     if text and name not in ("model.path", "lora.init_path") and not find_path(text).exists():
       raise UserError(
         f"config.{name} = {text!r}: no such file; set --config.{name} to one that exists"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -114,6 +115,7 @@ class System:
 
   def make_search(self, episode: int) -> Any:
     """The search of one episode, counted from 0 over all epochs."""
+    from awf.search.adopt import import_workspace
     from awf.search.config import SearchConfig, load_starts
     from awf.search.mcts import MCTSOptimizer
 
@@ -128,6 +130,8 @@ class System:
     )
     # The first search is the run's workspace; each further one has its own folder beside it.
     folder = self.workdir.workspace if episode == 0 else self.workdir / f"workspace_{episode + 1}"
+    if config.search.workspace:
+      import_workspace(Path(config.search.workspace), Path(folder), task.dataset)
     return MCTSOptimizer(
       search,
       self.runner(),

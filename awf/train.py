@@ -122,15 +122,17 @@ class Loop:
     p, t = self.progress, self.config.train
     search = self.search = self.search or self.system.make_search(p.episode)
     epoch = p.episode // t.episodes
-    while search.rounds_done < self.config.search.rounds and not p.is_stopped:
+    while not search.why_done() and not p.is_stopped:
       await self._round(search, epoch)
     if p.is_stopped:
       return
+    log.info("search %d ends: %s", p.episode + 1, search.why_done())
     best, seed = search.best(), search.tree.nodes[1]
     self._finished = {
       "search": search.state_dict(),
       "progress": dataclasses.asdict(p),
       "rows": self.metrics.position,
+      "limits": self._limits(),
     }
     p.beaten += best.score > seed.score
     if p.best is None or best.score > p.best["score"]:
@@ -140,6 +142,11 @@ class Loop:
       self.metrics.log_epoch(epoch, p.step, {"checkpoint_quality": p.beaten})
     self.search = None
     self._save()
+
+  def _limits(self) -> list[float]:
+    """What may end a search before its last round, and that round."""
+    s = self.config.search
+    return [s.rounds, s.max_calls, s.max_tokens, s.converge_rounds, s.converge_z]
 
   async def _round(self, search, epoch: int) -> None:
     p, started = self.progress, time.perf_counter()
@@ -319,7 +326,8 @@ class Loop:
     search, self._finished = extra["search"], extra.get("finished")
     last = self._finished
     if last and self.progress.episode >= self.episodes:
-      if last["search"]["rounds_done"] < self.config.search.rounds:  # more rounds were asked for
+      more = last["search"]["rounds_done"] < self.config.search.rounds
+      if more and last.get("limits") != self._limits():  # more rounds were asked for
         kept = {name: extra["progress"][name] for name in ("seconds", "calls", "tokens")}
         self.progress = Progress(**{**last["progress"], **kept})
         search, rows = last["search"], last["rows"]

@@ -74,8 +74,11 @@ def base_config() -> ConfigDict:
   )
   c.task = ConfigDict(
     dict(
-      name="aime",  # aime, gsm8k, humaneval, nano; or package.module:Class of your own
-      path="",  # local JSON or JSON lines; "" downloads from the data set's home
+      # aime, gsm8k, math, humaneval, mbpp, hotpotqa, drop, nano; package.module:Class of your own
+      name="aime",
+      # JSON or JSON lines, hf://datasets/OWNER/NAME/FILE, or a folder with AFlow's file names;
+      # "" downloads from the data set's home
+      path="",
       test_path="",  # for a data set that comes split
       limit=0,  # use the first n problems; 0 = all
       split_seed=42,
@@ -98,21 +101,36 @@ def base_config() -> ConfigDict:
   c.search = ConfigDict(
     dict(
       scope="dataset",  # dataset
-      selection="aflow",  # aflow (soft mixture), uct
+      selection="aflow",  # aflow (soft mixture), uct, puct (prior: the mixture over an arm's score)
       rounds=10,  # expansions steps; each proposes for `parents` nodes
       parents=4,  # nodes expanded at once (groups of a GRPO batch)
       sample=4,  # AFlow's pool size for the soft mixture
       mix_lambda=0.3,
       mix_alpha=0.2,
-      uct_c=1.0,
+      uct_c=1.0,  # exploration constant of uct and puct
+      uct_adapt=False,  # uct_c times the standard deviation of the scores
+      # a search ends when the mean of its best three did not move (by more than z standard errors)
+      # in so many rounds, AFlow's rule with 5; 0 = never
+      converge_rounds=0,
+      converge_z=0.0,
+      max_calls=0,  # model calls of a search, proposals included; 0 = no limit
+      max_tokens=0,  # generated tokens of a search; 0 = no limit
       prompt="full",  # full (any chat model), compact
+      operators=(),  # offered to the optimiser, by name; () = those of the data set's kind
+      # turns in which a proposal that fails a check or its smoke run may be repaired; the repaired
+      # workflow enters the tree, the reward stays that of the first try
+      repairs=0,
       logs=3,  # failure log entries shown to the optimiser
       experience=8,  # experience lines shown to the optimiser
       smoke_problems=1,
       subset_problems=8,  # common problems of a group, for the reward
       full_problems=0,  # full validation of survivors; 0 = all validation problems
       full_top=2,  # children per round that go on to full validation
+      # common problems by solve rate: none (from all), easy_first, hard_first
+      curriculum="none",
+      curriculum_share=0.5,  # part of the problems in the first round; all are in at the last
       starts="",  # JSON lines {graph, prompt}: further start workflows beside the seed
+      workspace="",  # a workspace of AFlow to continue; it is copied, never changed
       start_share=0.0,  # share of the parents of a round taken from the start workflows
       driver="awf",
     )

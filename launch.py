@@ -19,10 +19,13 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from awf import cli
+from awf import cli, terminal
+from awf.backup import BackupManager, check_target
 from awf.config_io import resolve_paths
 from awf.faults import explain
 from awf.interrupt import Interrupted
+from awf.preflight import check_files
+from awf.restore import restore
 from awf.types import UserError
 from awf.workdir import Workdir
 
@@ -42,12 +45,19 @@ def main(argv: Sequence[str]) -> int:
   if "--help" in argv or "-h" in argv or "--helpfull" in argv:
     print(cli.usage())
     return 0
-  _setup_logging()
+  handler = _setup_logging()
   catch_signals()
   command = None
   try:
+    listing = cli.listing(argv)
+    if listing is not None:
+      print(listing)
+      return 0
     command = cli.parse(argv)
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON line alone
+    with (
+      contextlib.redirect_stdout(sys.stderr),  # stdout is for the JSON line alone
+      terminal.show(handler, command.quiet),
+    ):
       result = _run(command, argv)
     print(cli.json_line(result), flush=True)
     return 0
@@ -65,14 +75,20 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
   mode = cli.MODES[command.mode]
   config = resolve_paths(command.config)
   config.lock()
-  with Workdir(command.workdir) as workdir:
+  check_files(config, command.mode, command.input, command.output)
+  with contextlib.ExitStack() as stack:
+    workdir = stack.enter_context(Workdir(command.workdir))
+    module, name = mode.function.split(":")
+    extra = {flag: getattr(command, flag) for flag in mode.needs}
     if mode.owns_workdir:
+      check_target(command.config, workdir)
+      restore(command.config, workdir, command.mode)
       resumed = workdir.open(command.config, command.mode, _command_line(argv))
       log.info("%s %s in %s", "resuming" if resumed else "starting", command.mode, workdir)
-    module, name = mode.function.split(":")
-    function = getattr(importlib.import_module(module), name)
-    extra = {flag: getattr(command, flag) for flag in mode.needs}
     try:
+      if mode.owns_workdir:
+        stack.enter_context(BackupManager(command.config, workdir))
+      function = getattr(importlib.import_module(module), name)
       result = dict(function(config, workdir, **extra))
     except UserError:
       workdir.discard()
@@ -93,12 +109,12 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def _setup_logging() -> None:
+def _setup_logging() -> terminal.Handler:
   """awf's own progress and everybody's warnings, on stderr."""
-  logging.basicConfig(
-    stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING
-  )
+  handler = terminal.Handler()
+  logging.basicConfig(handlers=[handler], level=logging.WARNING)
   log.setLevel(logging.INFO)
+  return handler
 
 
 def catch_signals() -> None:

@@ -56,7 +56,9 @@ python launch.py --config=configs/NAME.py[:ARGS] [--workdir=DIR] [--mode=MODE]
 
 --workdir  default runs/NAME; a run found there is resumed if its config agrees
 --input, --output  JSON-lines files of mode generate
---config.a.b=VALUE  overrides one field; the fields and their defaults are in configs/base.py
+--quiet  on stderr warnings and errors only; run.log keeps the rest
+--config.a.b=VALUE  overrides one field
+--config.help, --config.help=WORD  lists every field (those with WORD in their name)
 """
 
 
@@ -69,11 +71,28 @@ class Command:
   workdir: Path
   input: str
   output: str
+  quiet: bool
 
 
 def usage() -> str:
   """The text of --help."""
   return USAGE.format(modes="\n".join(f"  --mode={n:<9} {m.does}" for n, m in MODES.items()))
+
+
+def listing(argv: Sequence[str]) -> str | None:
+  """The text of `--config.help` or `--config.help=WORD`; None where it is not asked for.
+
+  Raises:
+    UserError: a config that cannot be loaded, or no such field.
+  """
+  asked = [x for x in argv if re.fullmatch(r"--?config\.help(=.*)?", x)]
+  if not asked:
+    return None
+  from awf.config_help import help_text  # reads source code; only here
+  from configs.base import base_config
+
+  _, spec = _take_config(list(argv))
+  return help_text(load_config(spec) if spec else base_config(), asked[-1].partition("=")[2])
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -104,7 +123,7 @@ def parse(argv: Sequence[str]) -> Command:
       raise UserError(f"--mode={values.mode} needs --{name}=FILE")
   directory = Path(values.workdir) if values.workdir else Path("runs") / config.name
   config.lock()
-  return Command(values.mode, config, directory, values.input, values.output)
+  return Command(values.mode, config, directory, values.input, values.output, bool(values.quiet))
 
 
 def check_mode(mode: str) -> None:
@@ -180,6 +199,7 @@ def _parse_flags(argv: list[str], config: ConfigDict) -> flags.FlagValues:
   flags.DEFINE_string("workdir", "", "directory of the run", flag_values=values)
   flags.DEFINE_string("input", "", "JSON lines to read", flag_values=values)
   flags.DEFINE_string("output", "", "JSON lines to write", flag_values=values)
+  flags.DEFINE_boolean("quiet", False, "warnings and errors only", flag_values=values)
   try:
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["awf", *argv])
     rest = values(["awf", *argv])[1:]
@@ -205,7 +225,7 @@ def _flag_message(error: Exception, defaults: dict[str, Any]) -> str:
     kind, old = type(defaults[name]).__name__, defaults[name]
     return f"--config.{name}={wrong.group(2)}: expected {kind} (its default is {old!r})"
   if isinstance(error, flags.UnrecognizedFlagError):
-    known = ["config", "mode", "workdir", "input", "output"]
+    known = ["config", "mode", "workdir", "input", "output", "quiet"]
     near = difflib.get_close_matches(error.flagname.split(".")[0], known, n=1, cutoff=0.4)
     hint = f"; did you mean --{near[0]}?" if near else ""
     return f"--{error.flagname} is unknown; known: {', '.join('--' + k for k in known)}{hint}"

@@ -154,7 +154,7 @@ async def _replies(system, parent, score, count, slot) -> list[str]:
 
 def held_out_parents(config) -> list[WorkflowSource]:
   """The first `config.eval.parent_count` workflows of `config.eval.parents`."""
-  parents = load_starts(config.eval.parents)
+  parents = load_starts(config.eval.parents, "config.eval.parents")
   if len(parents) < config.eval.parent_count:
     raise UserError(
       f"config.eval.parent_count: {config.eval.parents or 'config.eval.parents'} holds "

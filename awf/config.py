@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
 from collections.abc import Callable
@@ -13,9 +14,19 @@ from ml_collections import ConfigDict
 
 from awf import grpo_config
 from awf.chips import TARGETS
-from awf.config_io import PATH_FIELDS, find_path, flatten, get_field, is_object_name
+from awf.config_io import (
+  PATH_FIELDS,
+  find_path,
+  flatten,
+  get_field,
+  is_object_name,
+  named_paths,
+)
+from awf.remat import POLICIES
 from awf.types import UserError
 
+REWARDS = ("parse", "static", "smoke", "runs", "score")
+REMATS = ("none", "full", *POLICIES)
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QUICKSTART = "configs/quickstart.py"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -27,18 +38,31 @@ class Rule:
 
   holds: Callable[[Any], bool]
   expected: str
+  known: tuple[str, ...] = ()  # of a choice: the nearest one is named
 
 
 def one_of(*known: str) -> Rule:
-  return Rule(lambda v: v in known, f"one of {', '.join(known)}")
+  return Rule(lambda v: v in known, f"one of {', '.join(known)}", known)
+
+
+def some_of(*known: str) -> Rule:
+  return Rule(
+    lambda v: bool(v) and set(v) <= set(known) and len(set(v)) == len(v),
+    f"some of {', '.join(known)}, each once",
+    known,
+  )
 
 
 def at_least(low: float) -> Rule:
-  return Rule(lambda v: v >= low, f"at least {low:g}")
+  return Rule(lambda v: v >= low, f"at least {_text(low)}")
 
 
 def between(low: float, high: float) -> Rule:
-  return Rule(lambda v: low <= v <= high, f"a number in [{low:g}, {high:g}]")
+  return Rule(lambda v: low <= v <= high, f"a number in [{_text(low)}, {_text(high)}]")
+
+
+def _text(number: float) -> str:
+  return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def above(low: float, high: float = math.inf) -> Rule:
@@ -72,13 +96,23 @@ RULES: dict[str, Rule] = {
   "model.quant_group": at_least(1),
   "model.architecture.family": one_of("qwen2", "qwen3"),
   "model.architecture.vocab_size": at_least(0),
+  **{
+    f"model.architecture.{name}": at_least(1)
+    for name in (
+      "hidden_size",
+      "intermediate_size",
+      "num_hidden_layers",
+      "num_attention_heads",
+      "num_key_value_heads",
+      "head_dim",
+      "max_position_embeddings",
+    )
+  },
+  "model.architecture.rope_theta": above(0),
   "sft.save_dtype": one_of("float32", "bfloat16", "float16"),
   "lora.rank": at_least(1),
   "lora.alpha": above(0),
-  "lora.targets": Rule(
-    lambda v: bool(v) and set(v) <= set(LORA_TARGETS) and len(set(v)) == len(v),
-    f"some of {', '.join(LORA_TARGETS)}, each once",
-  ),
+  "lora.targets": some_of(*LORA_TARGETS),
   **{f"{group}.{k}": rule for group in ("sampler", "executor") for k, rule in _SAMPLING.items()},
   "sampler.rows": at_least(1),
   "sampler.context": at_least(16),
@@ -90,14 +124,15 @@ RULES: dict[str, Rule] = {
     lambda v: ":" not in v or is_object_name(v), "a data set's name, or package.module:Class"
   ),
   "task.limit": at_least(0),
+  "task.split_seed": between(0, 2**31 - 1),
   "task.validation_share": Rule(lambda v: 0 < v < 1, "a share strictly between 0 and 1"),
-  "sandbox.workers": at_least(0),
-  "sandbox.max_children": at_least(1),
-  "sandbox.cpu_seconds": above(0),
-  "sandbox.wall_seconds": above(0),
-  "sandbox.memory_mb": at_least(64),
-  "sandbox.output_bytes": at_least(1000),
-  "sandbox.max_calls": at_least(1),
+  "sandbox.workers": between(0, 4096),
+  "sandbox.max_children": between(1, 400),
+  "sandbox.cpu_seconds": between(0.01, 86_400),
+  "sandbox.wall_seconds": between(0.01, 86_400),
+  "sandbox.memory_mb": between(64, 1 << 20),
+  "sandbox.output_bytes": between(1000, 32 << 20),
+  "sandbox.max_calls": between(1, 1_000_000),
   "search.scope": one_of("dataset"),
   "search.selection": one_of("aflow", "uct", "puct"),
   "search.rounds": at_least(0),
@@ -126,12 +161,33 @@ RULES: dict[str, Rule] = {
   "search.curriculum_share": _SHARE,
   "search.start_share": _SHARE,
   "search.driver": one_of("awf"),
+  **{f"reward.{stage}": between(-10, 10) for stage in REWARDS},
   "grpo.group_size": at_least(2),
   "grpo.advantage": one_of(*grpo_config.ADVANTAGES),
   "grpo.loss": one_of(*grpo_config.LOSSES),
   "grpo.kl": one_of(*grpo_config.KL_ESTIMATES),
   "grpo.kl_in": one_of(*grpo_config.KL_PLACES),
   "grpo.importance": one_of(*grpo_config.IMPORTANCE),
+  "grpo.gamma": _SHARE,
+  "grpo.lam": _SHARE,
+  "grpo.value_clip": at_least(0),
+  "grpo.dual_clip": at_least(0),
+  "grpo.ratio_max": at_least(0),
+  "grpo.cispo_max": above(0),
+  "grpo.sapo_tau_pos": above(0),
+  "grpo.sapo_tau_neg": above(0),
+  **{f"grpo.entropy_{name}": at_least(0) for name in ("coef", "target", "delta", "min", "max")},
+  "grpo.importance_min": at_least(0),
+  "grpo.importance_max": above(0),
+  "grpo.horizon": at_least(0),
+  "grpo.overlong_buffer": at_least(0),
+  "grpo.overlong_penalty": at_least(0),
+  "grpo.refill": at_least(0),
+  "grpo.remat": Rule(
+    lambda v: str(v).lower().removesuffix("_saveable") in (*REMATS, "true", "false"),
+    f"one of {', '.join(REMATS)}",
+    REMATS,
+  ),
   "grpo.std_eps": above(0),
   "grpo.clip_low": between(0, 1),
   "grpo.clip_high": at_least(0),
@@ -185,10 +241,7 @@ RULES: dict[str, Rule] = {
   "bench.lengths": one_of("fixed", "mixed"),
   "bench.repeats": at_least(1),
   "plan.target": one_of(*TARGETS),
-  "plan.programs": Rule(
-    lambda v: bool(v) and set(v) <= {"sampler", "update", "logprobs"},
-    "some of sampler, update, logprobs",
-  ),
+  "plan.programs": some_of("sampler", "update", "logprobs"),
   "plan.prompt": at_least(0),
   "plan.new": at_least(0),
   "plan.problem_prompt": at_least(1),
@@ -196,6 +249,7 @@ RULES: dict[str, Rule] = {
   "plan.reserve_gb": at_least(0),
   "plan.trials": at_least(0),
   "backup.keep": at_least(1),
+  "backup.wait": at_least(0),
 }
 
 
@@ -210,7 +264,7 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
       raise UserError(f"config.{name} = {value}: expected a finite number")
     rule = RULES.get(name)
     if rule and not rule.holds(value):
-      raise UserError(f"config.{name} = {value!r}: expected {rule.expected}")
+      raise UserError(f"config.{name} = {value!r}: expected {rule.expected}{_nearest(rule, value)}")
   _check_combinations(config)
   from_nothing = mode == "sft" and not config.model.path and config.model.architecture.vocab_size
   if mode != "report" and not from_nothing:
@@ -224,10 +278,36 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
     text = get_field(config, name)
     if name.startswith("task.") and text.startswith("hf://"):
       continue  # looked up when the data set is loaded
-    if text and name not in ("model.path", "lora.init_path") and not find_path(text).exists():
+    if text and name != "model.path" and not _exists(text):
       raise UserError(
         f"config.{name} = {text!r}: no such file; set --config.{name} to one that exists"
       )
+  _check_adapters(config)
+
+
+def _exists(text: str) -> bool:
+  """Whether a file is there, or may be: of other places than this machine nothing is known."""
+  return "://" in text or find_path(text).exists()
+
+
+def _check_adapters(config: ConfigDict) -> None:
+  """The adapters to load are directories of PEFT's layout."""
+  adapters = {f"lora.paths ({n})": path for n, path in named_paths(config.lora.paths).items()}
+  if config.lora.init_path:
+    adapters["lora.init_path"] = config.lora.init_path
+  for field, text in adapters.items():
+    if not (find_path(text) / "adapter_config.json").is_file():
+      raise UserError(
+        f"config.{field} = {text!r}: expected the directory of a PEFT adapter, found no "
+        "adapter_config.json there"
+      )
+
+
+def _nearest(rule: Rule, value: Any) -> str:
+  """`; did you mean X?` for a value that is near a choice."""
+  wrong = [v for v in (value if isinstance(value, tuple) else (value,)) if v not in rule.known]
+  near = [x for v in wrong for x in difflib.get_close_matches(str(v), rule.known, n=1, cutoff=0.5)]
+  return f"; did you mean {near[0]}?" if near else ""
 
 
 def longest_completion(config: ConfigDict) -> int:
@@ -260,6 +340,12 @@ def _check_combinations(config: ConfigDict) -> None:
     raise UserError(
       f"config.model.quant = {c.model.quant!r}: a quantised base is frozen; set "
       "config.model.quant=none, or config.sft.weights=lora"
+    )
+  a = c.model.architecture
+  if a.num_attention_heads % a.num_key_value_heads:
+    raise UserError(
+      f"config.model.architecture.num_key_value_heads = {a.num_key_value_heads}: expected a "
+      f"divisor of config.model.architecture.num_attention_heads = {a.num_attention_heads}"
     )
   sizes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
   if sizes.count(-1) > 1:

@@ -132,6 +132,26 @@ def load_class(name: str, field: str, base: type[T]) -> type[T]:
   return found
 
 
+def named_paths(paths: tuple[str, ...]) -> dict[str, str]:
+  """`NAME=DIR` entries (or `DIR`, whose last part is the name) of `config.lora.paths`.
+
+  Raises:
+    UserError: a name that is taken, reserved (base, policy) or no plain word.
+  """
+  found: dict[str, str] = {}
+  for text in paths:
+    name, is_named, path = text.partition("=")
+    if not is_named:
+      name, path = Path(text).name, text
+    if not re.fullmatch(r"[\w.-]+", name) or name in found or name in ("base", "policy"):
+      raise UserError(
+        f"config.lora.paths: expected NAME=DIR with a name of its own beside base and policy, got "
+        f"{text!r}"
+      )
+    found[name] = path
+  return found
+
+
 def find_path(text: str) -> Path:
   """The path as given, or below the repository when only that exists; `~` is expanded."""
   path = Path(text).expanduser()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -10,10 +9,11 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from awf.config_io import load_object
+from awf.files import naming, write_atomic
 from awf.types import Rollout, UserError
 
 Metric = Callable[[Sequence[Rollout]], Any]  # gives {name: number}; checked at each call
@@ -252,29 +252,9 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   return rows
 
 
-def write_atomic(path: pathlib.Path, text: str) -> None:
-  """Replaces a file by one rename, so that a reader or a crash never meets half of it."""
-  part = path.with_name(f".{path.name}.part")
-  with _naming(path), open(part, "w", encoding="utf-8", newline="") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(part, path)
-
-
 def _append(path: pathlib.Path, text: str) -> None:
-  with _naming(path), open(path, "a", encoding="utf-8", newline="") as file:
+  with naming(path), open(path, "a", encoding="utf-8", newline="") as file:
     file.write(text)
-
-
-@contextlib.contextmanager
-def _naming(path: pathlib.Path) -> Iterator[None]:
-  """A write that fails (a full disk) says where."""
-  try:
-    yield
-  except OSError as error:
-    error.filename = str(path)
-    raise
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:

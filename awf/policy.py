@@ -19,12 +19,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from awf.config import longest_completion
-from awf.config_io import find_path, load_class
+from awf.config_io import find_path, load_class, named_paths
 from awf.qwen import hf
 from awf.qwen.config import QwenConfig
 from awf.qwen.lora import Lora, LoRAConfig, count, init_lora, scaled, stack_adapters, widen
 from awf.qwen.model import Qwen, head
-from awf.qwen.peft import load_adapter, named_paths, save_adapter
+from awf.qwen.peft import load_adapter, save_adapter
 from awf.qwen.quant import QuantConfig
 from awf.qwen.tokenizer import Tokenizer, load_tokenizer
 from awf.sampler.engine import Engine, Output, Request
@@ -84,7 +84,7 @@ class QwenPolicy:
     quant = QuantConfig.from_config(config.model)
     path = hf.resolve_path(config.model.path)
     model_config = hf.load_config(path, dtype_name(config.model.compute_dtype, "compute_dtype"))
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(config.model.tokenizer or path)
     _check_sizes(config, model_config, tokenizer)
     dtype = dtype_name(config.model.dtype, "dtype")
     params = hf.load_params(path, model_config, dtype, mesh, quant)
@@ -112,7 +112,7 @@ class QwenPolicy:
     policy = cls(model_config, params, tokenizer, lora, lora_config, engine)
     policy.base_name, policy.base_fingerprint = str(config.model.path), base
     policy.add_adapters({name: scaled(*found) for name, found in others.items()})
-    log.info(
+    log.debug(
       "adapter of rank %d: %d trainable parameters, %.3f %% of the base",
       lora_config.rank, policy.trainable_parameters, 100 * policy.trainable_share,
     )  # fmt: skip

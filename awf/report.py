@@ -17,8 +17,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from awf import report_parts as parts
-from awf.metrics import read_rows, write_atomic
+from awf.files import write_atomic
+from awf.metrics import read_rows
 from awf.search.tree import NO_NODE, Node, Tree, replay
+from awf.snapshot import STATUS
 from awf.types import UserError
 
 MAX_FILE_BYTES = 200 << 20
@@ -60,6 +62,7 @@ class Run:
   timings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)  # eval.json
   summary: dict[str, Any] = dataclasses.field(default_factory=dict)  # summary.json
+  backup: dict[str, Any] = dataclasses.field(default_factory=dict)  # backup.json
   trees: dict[str, Tree] = dataclasses.field(default_factory=dict)  # data set -> forest
   scores: dict[str, dict[int, float]] = dataclasses.field(default_factory=dict)  # without a journal
   trajectories: dict[str, int] = dataclasses.field(default_factory=dict)  # file -> lines
@@ -96,6 +99,7 @@ def read_run(path: pathlib.Path) -> Run:
   run.record = _object(path / "config.json", run)
   run.evaluation = _object(path / "eval.json", run)
   run.summary = _object(path / "summary.json", run)
+  run.backup = _object(path / STATUS, run)
   run.metrics = _rows(path / "metrics.jsonl", run)
   run.timings = _rows(path / "timings.jsonl", run)
   for journal in sorted(path.glob("workspace/*/journal.jsonl")):
@@ -165,6 +169,7 @@ def render(run: Run) -> str:
     parts.section("Curves", _curves(run)),
     *(_search(name, tree) for name, tree in run.trees.items()),
     *(_rounds(name, scores) for name, scores in run.scores.items()),
+    parts.section("Backups", _backups(run.backup)),
     parts.section("Configuration", _configuration(run)),
     parts.section("Could not be read", *(parts.note(fault) for fault in run.faults)),
   ]
@@ -403,6 +408,25 @@ def _failures(tree: Tree) -> str:
   header = ("stage", "kind", "times", "message")
   heading = f"<h3>Failed proposals: {len(failed)}</h3>"
   return heading + parts.card(parts.table(header, rows[:MAX_LISTED], numeric=(2,))) + more
+
+
+def _backups(status: Mapping[str, Any]) -> str:
+  """What the newest backup is, and why there is no newer one."""
+  rows = [
+    (title, parts.number(value) if isinstance(value, int | float) else value)
+    for title, value in (
+      ("newest", status.get("path")),
+      ("made", status.get("when")),
+      ("checkpoint", status.get("step")),
+      ("megabytes", status.get("megabytes")),
+      ("seconds", status.get("seconds")),
+      ("backups made", status.get("count")),
+      ("failed", status.get("failures")),
+      ("last failure", status.get("failed")),
+    )
+    if value not in (None, "")
+  ]
+  return parts.card(parts.table(("backup", ""), rows)) if rows else ""
 
 
 def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:

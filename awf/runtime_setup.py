@@ -9,6 +9,8 @@ import os
 import platform
 from pathlib import Path
 
+from awf.terminal import watch_compiles
+
 log = logging.getLogger("awf")
 
 CACHE_VARIABLE = "AWF_CACHE"
@@ -70,6 +72,7 @@ def setup_jax() -> None:
   keep_freed_memory()
   import jax  # not before the sandbox's zygote has started
 
+  watch_compiles()
   directory = cache_dir()
   # Options are attributes from the import on; the class does not declare them.
   own = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]

@@ -7,12 +7,14 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from awf.backup import status_figures
 from awf.checkpoint import Checkpointer
 from awf.grpo.config import OptimConfig
 from awf.grpo.sft import Batch, SFTTrainer, batches, pack_examples
@@ -28,6 +30,7 @@ from awf.qwen.quant import QuantConfig
 from awf.qwen.tokenizer import Tokenizer, load_tokenizer
 from awf.runtime_setup import setup_jax
 from awf.sharding import make_mesh
+from awf.terminal import track
 from awf.types import UserError
 
 log = logging.getLogger("awf")
@@ -65,7 +68,7 @@ def run_sft(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     lora_config=lora_config if lora is not None else None,
   )
   checkpoints = Checkpointer(workdir.checkpoints, config.train.keep_checkpoints)
-  with MetricsLogger(workdir) as metrics, StopRequest() as stop:
+  with MetricsLogger(workdir) as metrics, StopRequest() as stop, ExitStack() as stages:
     done = step = _resume(trainer, checkpoints, metrics)
     last: dict[str, float] = {}
     start = time.perf_counter()
@@ -82,6 +85,7 @@ def run_sft(config: ConfigDict, workdir: Any) -> dict[str, Any]:
         yield row
 
     rows = until_stopped(itertools.islice(batches(packed, sft.batch, config.seed), done, None))
+    shown = stages.enter_context(track("steps", sft.steps, step))
     while step < sft.steps:
       # Rows of metrics are at the multiples of log_every, wherever a run was interrupted.
       target = min(step + sft.log_every - step % sft.log_every, sft.steps)
@@ -94,11 +98,13 @@ def run_sft(config: ConfigDict, workdir: Any) -> dict[str, Any]:
       seconds = time.perf_counter() - start
       speed = (step - done) * sft.batch * sft.length / max(seconds, 1e-9)
       left = (sft.steps - step) * sft.batch * sft.length / max(speed, 1e-9)
-      metrics.log(step, values, timings={"perf/tokens_per_second": speed, "time/step": seconds})
+      clock = {"perf/tokens_per_second": speed, "time/step": seconds, **status_figures(workdir)}
+      metrics.log(step, values, timings=clock)
       log.info(
         "step %d of %d, loss %.4f, %.0f tokens/s, %.0f s left",
         step, sft.steps, values["loss"], speed, left,
       )  # fmt: skip
+      shown.advance(step - shown.done, **{"loss": values["loss"], "tokens/s": int(speed)})
       last = values
       if step % (10 * sft.log_every) == 0 or step == sft.steps:
         save(step)

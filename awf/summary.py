@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from awf.metrics import write_atomic
+from awf.files import write_atomic
 
 
 def about_best(search: Any) -> dict[str, Any]:

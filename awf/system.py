@@ -11,7 +11,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from awf.banner import banner_lines
 from awf.sandbox import Sandbox, SandboxConfig
+from awf.terminal import count_tokens
 from awf.types import Problem, SamplingParams, UserError, WorkflowSource, stable_hash
 from awf.workflow.contract import PRELOAD, seed_source
 
@@ -68,11 +70,9 @@ class System:
       trainable_share=self.policy.trainable_share,
     )
     self._runners: dict[int, Any] = {}
-    log.info(
-      "model %s (%.1fM parameters), %d validation and %d test problems",
-      config.model.path, self.policy.config.num_parameters / 1e6,
-      len(self.validation), len(self.test),
-    )  # fmt: skip
+    count_tokens(lambda: self.policy.engine.stats()["tokens"])
+    for line in banner_lines(self):
+      log.info("%s", line)
 
   def runner(self, repeat: int = 0) -> Any:
     """The workflow runner whose executor calls draw their `repeat`-th independent noise."""
@@ -176,6 +176,7 @@ class System:
       self.runner(int(repeat)).load_state_dict(results)
 
   def close(self) -> None:
+    count_tokens(None)
     self.policy.close()
     self.sandbox.close()
 

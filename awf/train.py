@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from awf.backup import status_figures
 from awf.interrupt import Interrupted, StopRequest
 from awf.progress import Progress
 from awf.summary import about_best, closing_lines, drop_summary, read_summary, write_summary
 from awf.system import System
+from awf.terminal import track
 from awf.types import Rollout, UserError, WorkflowSource
 
 log = logging.getLogger("awf")
@@ -112,8 +114,9 @@ class Loop:
     if self.trains and self.config.eval.parent_count and p.before is None:
       p.before = await self._compare("before")
       self._save()
-    while p.episode < self.episodes and not p.is_stopped:
-      await self._episode()
+    with track("rounds", self.total_rounds, p.step) as self._shown:
+      while p.episode < self.episodes and not p.is_stopped:
+        await self._episode()
     return await self._finish()
 
   # ---- one episode: one search ----
@@ -170,6 +173,7 @@ class Loop:
       "time/step": updated - started,
       "perf/tokens_per_second": tokens / (searched - started),
       "perf/problems_per_hour": 3600 * jobs / (searched - started),
+      **status_figures(self.workdir),
     }
     best, seed = search.best(), search.tree.nodes[1]
     quality = p.beaten + (best.score > seed.score)
@@ -178,6 +182,7 @@ class Loop:
     self.metrics.log(p.step, results, timings, epoch=epoch)
     if p.step % self.config.train.checkpoint_every == 0 or p.is_stopped:
       self._save()
+    self._shown.advance(best=best.score, nodes=len(search.tree.nodes), updates=p.updates)
     self._say(p.step, results, timings, best.score)
 
   def _update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -188,7 +193,8 @@ class Loop:
 
       horizon = self.config.sampler.max_new_tokens
       return rollout_metrics(rollouts, GRPOConfig.from_config(self.config.grpo, horizon))
-    metrics = self.trainer.update(list(rollouts))
+    with track("update"):
+      metrics = self.trainer.update(list(rollouts))
     if metrics.get("skipped"):
       self.progress.skipped += 1
     else:
@@ -226,7 +232,8 @@ class Loop:
     from awf.compare import score_proposals
 
     started = time.perf_counter()
-    scored = await score_proposals(self.system)
+    with track(f"proposals {when} training"):
+      scored = await score_proposals(self.system)
     log.info(
       "proposals %s training: score %.3f, valid %.2f (%.0f s)",
       when, scored.mean, scored.valid_rate, time.perf_counter() - started,

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import time
@@ -125,6 +126,11 @@ class Workdir(os.PathLike):
   def trajectories(self) -> Path:
     return self.path / "trajectories"
 
+  @property
+  def is_claimed(self) -> bool:
+    """Whether this process is the one that writes DIR."""
+    return self._lock is not None
+
   def record(self) -> dict[str, Any] | None:
     """What config.json holds, or None when DIR holds no run.
 
@@ -158,7 +164,7 @@ class Workdir(os.PathLike):
         differing fields are listed, nothing is changed).
     """
     found = self.record()
-    changed = self._check_agreement(found, config, mode)  # before anything is created or locked
+    changed = self.check_agreement(found, config, mode)  # before anything is created or locked
     self._is_fresh, self._made_folder = found is None, not self.path.exists()
     try:
       self.path.mkdir(parents=True, exist_ok=True)
@@ -252,20 +258,26 @@ class Workdir(os.PathLike):
     os.pwrite(fd, str(os.getpid()).encode(), 0)
     self._lock = fd
 
-  def _check_agreement(
-    self, found: dict[str, Any] | None, config: ConfigDict, mode: str
+  def check_agreement(
+    self, found: dict[str, Any] | None, config: ConfigDict, mode: str, where: object = None
   ) -> list[str]:
-    """The fields that differ and may; raises UserError for those that may not."""
+    """The fields that differ and may; raises UserError for those that may not.
+
+    Args:
+      found: what config.json holds of the run.
+      where: what holds it, for messages; DIR unless given.
+    """
+    where = where or self.path
     if found is None:
       return []
     if mode != "eval" and found.get("mode") != mode:
       raise UserError(
-        f"{self.path} holds a run of mode {found.get('mode')}, not {mode}; choose another --workdir"
+        f"{where} holds a run of mode {found.get('mode')}, not {mode}; choose another --workdir"
       )
     refused, changed = differing_fields(found["config"], config, ignore_eval=mode == "eval")
     if refused:
       raise UserError(
-        f"{self.path} holds a run with another config: {'; '.join(refused)}. Give these fields "
+        f"{where} holds a run with another config: {'; '.join(refused)}. Give these fields "
         f"back, or choose another --workdir (a run that goes on may change "
         f"{', '.join(ROUNDING + ONWARD)})"
       )
@@ -321,6 +333,7 @@ def new_record(config: ConfigDict, mode: str, command: str = "") -> dict[str, An
   """What config.json of a fresh run holds, short of the devices."""
   return {
     "config": config.to_dict(),
+    "id": secrets.token_hex(4),  # tells runs of one name apart
     "mode": mode,
     "command": command,
     "versions": versions(),

@@ -8,6 +8,7 @@ import pytest
 from tiny_checkpoint import make_checkpoint, random_params, train_fast
 
 import launch
+from awf.config_io import named_paths
 from awf.policy import ADAPTER, QwenPolicy, initial_lora
 from awf.qwen import hf, peft
 from awf.qwen.config import QwenConfig
@@ -155,7 +156,7 @@ def test_an_adapter_of_another_base_is_refused(folder, saved, tmp_path):
 @pytest.mark.parametrize("paths", [("base=x",), ("a=x", "a=y"), ("a b=x",), ("x/policy",)])
 def test_names_of_adapters(paths):
   with pytest.raises(UserError, match="config.lora.paths"):
-    peft.named_paths(paths)
+    named_paths(paths)
 
 
 def test_the_policys_share(policy):

@@ -6,8 +6,11 @@ import json
 import pytest
 from conftest import ROOT
 
+import launch
 from awf.config import RULES, validate
+from awf.config_help import comments, fields
 from awf.config_io import (
+  PATH_FIELDS,
   coerce,
   flatten,
   get_field,
@@ -23,6 +26,7 @@ from configs.args import Choice, parse_args
 from configs.base import base_config
 from configs.common import MODELS
 
+BASE = (ROOT / "configs/base.py").read_text(encoding="utf-8")
 TASKS = ("aime", "gsm8k", "math", "humaneval", "mbpp", "hotpotqa", "drop")
 NAMES = ("quickstart", "nano", *TASKS)
 
@@ -262,3 +266,64 @@ def test_resolved_paths_are_absolute_and_the_given_config_is_untouched(monkeypat
   assert config.task.path == "data/smoke/aime.jsonl"
   hub = overlay(base_config(), {"model": {"path": "Qwen/Qwen3-0.6B"}}, "x")
   assert resolve_paths(hub).model.path == "Qwen/Qwen3-0.6B"
+
+
+# Text that is free: names of files and places, and messages.
+FREE = (
+  *PATH_FIELDS, "executor.system", "lora.paths", "sft.save", "export.path", "backup.path",
+  "backup.restore",
+)  # fmt: skip
+
+
+def test_every_field_has_its_line_and_its_range(config):
+  listed = {f.name: f for f in fields(config)}
+  assert set(listed) == set(flatten(config)) and set(comments(BASE)) == set(listed)
+  assert [n for n, f in listed.items() if not f.line] == []
+  unchecked = [n for n, f in listed.items() if not f.expected and f.kind != "bool"]
+  assert sorted(unchecked) == sorted(FREE)
+  assert listed["lora.rank"].default == 16 and listed["lora.rank"].expected == "at least 1"
+  assert listed["grpo.advantage"].line.startswith("grpo, dr_grpo") and "maxrl" in (
+    listed["grpo.advantage"].expected
+  )
+
+
+def test_a_field_without_a_line_is_noticed():
+  source = (
+    "c.a = 1\nc.b = ConfigDict(\n  dict(\n    x=1,  # the x\n    y=2,\n    # of two\n    # lines\n"
+    "    z=(\n      1,\n    ),\n  )\n)\n"
+  )
+  assert comments(source) == {"a": "", "b.x": "the x", "b.y": "", "b.z": "of two lines"}
+
+
+def test_the_listing_is_of_the_config_given_and_of_the_fields_asked_for(capsys):
+  assert launch.main(["--config.help"]) == 0
+  everything = capsys.readouterr().out
+  assert everything.startswith(f"{len(flatten(base_config()))} fields")
+  assert launch.main(["--config=configs/quickstart.py", "--config.help=group_size"]) == 0
+  out = capsys.readouterr().out
+  assert "grpo.group_size=8  (int, at least 2)\n    proposals for one parent" in out
+  assert out.startswith("1 fields")
+  assert launch.main(["--config.help=lerning_rate"]) == 2
+  assert "did you mean learning_rate?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "expected"),
+  [
+    ("model.quant", "int88", "did you mean int8?"),
+    ("grpo.loss", "gsop", "did you mean gspo?"),
+    ("lora.targets", ("q_prj",), "did you mean q_proj?"),
+    ("plan.target", "v5e", "did you mean v5e-"),
+    ("grpo.remat", "ful", "did you mean full?"),
+    ("reward.score", 1e9, "a number in [-10, 10]"),
+    ("sandbox.max_children", 1000, "a number in [1, 400]"),
+    ("model.architecture.num_key_value_heads", 3, "expected a divisor"),
+    ("lora.paths", ("a=/nowhere",), "no adapter_config.json there"),
+    ("lora.paths", ("base=x",), "expected NAME=DIR"),
+    ("task.split_seed", -1, "[0, 2147483647]"),
+  ],
+)
+def test_a_wrong_value_is_refused_with_the_nearest_right_one(config, field, value, expected):
+  set_field(config, field, value)
+  message = refusal(validate, config)
+  assert f"config.{field}" in message and expected in message

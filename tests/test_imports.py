@@ -11,9 +11,20 @@ from conftest import ROOT
 LEVELS = {
   **dict.fromkeys(("types",), 0),
   **dict.fromkeys(
-    ("sharding", "chips", "config_io", "runtime_setup", "faults", "interrupt", "remat"), 1
+    (
+      "sharding",
+      "chips",
+      "config_io",
+      "runtime_setup",
+      "faults",
+      "files",
+      "interrupt",
+      "remat",
+      "terminal",
+    ),
+    1,
   ),
-  **dict.fromkeys(("config", "workdir", "grpo_config"), 2),
+  **dict.fromkeys(("config", "workdir", "grpo_config", "snapshot"), 2),
   "qwen": 3,
   **dict.fromkeys(("sampler", "sandbox"), 4),
   **dict.fromkeys(("workflow", "tasks"), 5),

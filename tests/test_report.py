@@ -166,6 +166,17 @@ def test_mistakes_of_the_user(tmp_path):
     write_report(tmp_path)
 
 
+def test_the_page_says_where_the_backups_are(tmp_path):
+  write_run(tmp_path, [node(1, 0, 0.5)])
+  assert "Backups" not in write_report(tmp_path).read_text()
+  status = {"path": "/drive/x.tar", "step": 12, "megabytes": 3.5, "failures": 1, "failed": HOSTILE}
+  (tmp_path / "backup.json").write_text(json.dumps(status))
+  page = Page(write_report(tmp_path).read_text())
+  shown = " ".join(page.text)
+  assert "/drive/x.tar" in shown and "3.5" in shown and "alert(1)" in shown
+  assert "script" not in page.tags
+
+
 def test_run_report_gives_the_json_line(tmp_path):
   write_run(tmp_path, [node(1, 0, 0.5)])
   out = run_report(None, tmp_path)

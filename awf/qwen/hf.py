@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ from awf.qwen.layout import (
 )
 from awf.qwen.quant import CHUNK_VALUES, QuantConfig, num_bytes, quantise_stored
 from awf.qwen.shards import FLOATS, Shards
+from awf.terminal import track
 from awf.types import UserError
 
 __all__ = [
@@ -78,9 +80,13 @@ def load_params(
   shards = check_weights(folder, config)
   order = {name: i for i, name in enumerate(shards.tensors)}  # one file after the other
   params: dict[str, Any] = {}
-  for where, tensor in sorted(layout.items(), key=lambda item: order[item[1].name]):
-    for leaf, part in _parts(shards, tensor, leaves[where], quant).items():
-      put(params, leaf, _place(leaf, leaves[where][leaf][0], part, mesh))
+  total = sum(math.prod(s) * jnp.dtype(k).itemsize for x in leaves.values() for s, k in x.values())
+  with track("load weights", total, unit="B") as shown:
+    for where, tensor in sorted(layout.items(), key=lambda item: order[item[1].name]):
+      for leaf, part in _parts(shards, tensor, leaves[where], quant).items():
+        placed = _place(leaf, leaves[where][leaf][0], part, mesh)
+        put(params, leaf, placed)
+        shown.advance(placed.nbytes)
   if num_bytes(params) > 1e9:
     log.info("loaded %.1f GB in %.0f s", num_bytes(params) / 1e9, time.perf_counter() - began)
   return params

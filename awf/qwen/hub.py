@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
 from pathlib import Path
 
+from awf.terminal import Stage, track
 from awf.types import UserError
 
 log = logging.getLogger("awf")
@@ -32,7 +34,7 @@ _WANTED = (
 def resolve_path(path: str | os.PathLike[str]) -> Path:
   """The local directory of a checkpoint; a hub id (owner/name) is downloaded or found in the cache.
 
-  A download shows its progress on stderr and goes on where an interrupted one ended. $HF_ENDPOINT,
+  A download shows its progress and goes on where an interrupted one ended. $HF_ENDPOINT,
   $HF_HOME, $HF_TOKEN and $HF_HUB_OFFLINE mean what they mean to huggingface_hub.
 
   Raises:
@@ -48,6 +50,23 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
   return _download(str(path))
 
 
+def _bar_of(shown: Stage) -> type:
+  """The hub's own bar, which draws nothing and feeds ours with its bytes."""
+  from tqdm.auto import tqdm
+
+  class Bar(tqdm):
+    def __init__(self, *args, **kwargs):
+      super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
+
+    def update(self, n=1):
+      drawn = super().update(n)
+      if self.unit == "B" and self.n > shown.done:
+        shown.done, shown.total = self.n, self.total or None
+      return drawn
+
+  return Bar
+
+
 def _download(name: str) -> Path:
   import httpx
   import huggingface_hub
@@ -56,9 +75,13 @@ def _download(name: str) -> Path:
   if not constants.HF_HUB_OFFLINE:
     log.info("%s: asking %s", name, constants.ENDPOINT)
   try:
-    folder = huggingface_hub.snapshot_download(
-      name, allow_patterns=list(_WANTED), ignore_patterns=["*/*"]
-    )
+    with track(f"download {name}", unit="B") as shown:
+      folder = huggingface_hub.snapshot_download(
+        name,
+        allow_patterns=list(_WANTED),
+        ignore_patterns=["*/*"],
+        tqdm_class=_bar_of(shown),
+      )
   except (OSError, ValueError, httpx.HTTPError, errors.HfHubHTTPError) as error:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     raise UserError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from awf.qwen.shards import FLOATS, Shards
 from awf.types import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_NAME = re.compile(r"[\w.-]+")
 
 
 def _stored_name(layer: int, target: str, side: str) -> str:
@@ -133,26 +131,6 @@ def load_adapter(
       "the base that it was trained on"
     )
   return lora, lora_config
-
-
-def named_paths(paths: tuple[str, ...]) -> dict[str, str]:
-  """`NAME=DIR` entries (or `DIR`, whose last part is the name) of `config.lora.paths`.
-
-  Raises:
-    UserError: a name that is taken, reserved (base, policy) or no plain word.
-  """
-  found: dict[str, str] = {}
-  for text in paths:
-    name, is_named, path = text.partition("=")
-    if not is_named:
-      name, path = Path(text).name, text
-    if not _NAME.fullmatch(name) or name in found or name in ("base", "policy"):
-      raise UserError(
-        f"config.lora.paths: expected NAME=DIR with a name of its own beside base and policy, got "
-        f"{text!r}"
-      )
-    found[name] = path
-  return found
 
 
 def _open(folder: Path, field: str) -> tuple[dict[str, Any], Shards]:

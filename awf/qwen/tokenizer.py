@@ -292,13 +292,24 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
   Raises:
     UserError: neither tokenizer.json nor tokenizer.model is there, or it cannot be used.
   """
+  file = tokenizer_file(path)
+  return (
+    HuggingFaceTokenizer(file.parent) if file.suffix == ".json" else SentencePieceTokenizer(file)
+  )
+
+
+def tokenizer_file(path: str | os.PathLike[str]) -> Path:
+  """The file that says which tokenizer it is; not read.
+
+  Raises:
+    UserError: neither tokenizer.json nor tokenizer.model is there.
+  """
   folder = Path(path)
   if folder.is_file() and folder.suffix == ".model":
-    return SentencePieceTokenizer(folder)
-  if (folder / "tokenizer.json").is_file():
-    return HuggingFaceTokenizer(folder)
-  if (folder / "tokenizer.model").is_file():
-    return SentencePieceTokenizer(folder / "tokenizer.model")
+    return folder
+  for name in ("tokenizer.json", "tokenizer.model"):
+    if (folder / name).is_file():
+      return folder / name
   raise UserError(
     f"config.model.path: expected tokenizer.json or tokenizer.model in {folder}, found neither"
   )

@@ -162,7 +162,7 @@ class Sandbox:
     except BaseException:
       self._pool.close()
       raise
-    _log.info("%s", self.probe.summary())
+    _log.debug("%s", self.probe.summary())
 
   def _probe(self, hello: dict[str, Any]) -> ProbeReport:
     payload = {

@@ -128,8 +128,8 @@ class SearchConfig:
     )
 
 
-def load_starts(path: str) -> tuple[WorkflowSource, ...]:
-  """Start workflows from JSON lines of {graph, prompt}; "" gives none.
+def load_starts(path: str, field: str = "config.search.starts") -> tuple[WorkflowSource, ...]:
+  """Workflows from JSON lines of {graph, prompt}; "" gives none. `field` names them in messages.
 
   Raises:
     UserError: no such file, or a malformed line (with its number).
@@ -139,7 +139,7 @@ def load_starts(path: str) -> tuple[WorkflowSource, ...]:
   try:
     lines = Path(path).read_text(encoding="utf-8").splitlines()
   except (OSError, UnicodeDecodeError) as e:
-    raise UserError(f"config.search.starts: cannot read {path}: {e}") from None
+    raise UserError(f"{field}: cannot read {path}: {e}") from None
   starts = []
   for number, line in enumerate(lines, 1):
     if not line.strip():
@@ -147,12 +147,10 @@ def load_starts(path: str) -> tuple[WorkflowSource, ...]:
     try:
       data = json.loads(line)
     except json.JSONDecodeError as e:
-      raise UserError(f"config.search.starts: {path} line {number} is not JSON: {e.msg}") from None
+      raise UserError(f"{field}: {path} line {number} is not JSON: {e.msg}") from None
     fields = data if isinstance(data, dict) else {}
     graph, prompt = fields.get("graph"), fields.get("prompt")
     if not (isinstance(graph, str) and isinstance(prompt, str)):
-      raise UserError(
-        f'config.search.starts: {path} line {number}: expected {{"graph": text, "prompt": text}}'
-      )
+      raise UserError(f'{field}: {path} line {number}: expected {{"graph": text, "prompt": text}}')
     starts.append(WorkflowSource(graph, prompt))
   return tuple(starts)

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import math
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from awf.search.select import adapted_c, select_aflow, select_puct, select_uct
 from awf.search.stages import COPY, Grader, Runner, Trials, Verdict, check, gather_all, key_of
 from awf.search.tree import SEED, Node, Tree, add_event, expand_event, replay
 from awf.search.workspace import Workspace
+from awf.terminal import track
 from awf.types import Completion, Failure, Problem, UserError, WorkflowSource, stable_hash
 from awf.workflow.contract import ALL_OPERATORS, seed_source
 from awf.workflow.static import static_check
@@ -241,13 +242,15 @@ class MCTSOptimizer:
     slots, starts_used = await self._pick_slots(draft, common)
     verdicts: dict[str, asyncio.Task[Verdict]] = {}
     try:
-      groups = await gather_all(self._run_slot(slot, common, verdicts) for slot in slots)
-      groups += await self._refill(draft.round, slots, groups, common, verdicts)
+      with track("proposals", len(slots) * self.config.group_size) as self._shown:
+        groups = await gather_all(self._run_slot(slot, common, verdicts) for slot in slots)
+        groups += await self._refill(draft.round, slots, groups, common, verdicts)
     finally:
       await rounds.settle(verdicts.values())
     children = [child for group in groups for child in group]
     self._refuse_if_nothing_fits([child for child in children if not child.turn])
-    full = await self._validate_best(draft.tree, children)
+    with track("full validation"):
+      full = await self._validate_best(draft.tree, children)
     rounds.grow(draft, children, full)
     result = rounds.summarise(draft, children, common, self.config, self._full, self._stages)
     draft.note(rounds.round_note(draft, common, children, full))
@@ -285,7 +288,8 @@ class MCTSOptimizer:
         draft.score(SEED, verdict)
       return
     key = key_of(self._root)
-    verdict = await self._trials.validate(self._root, key, self._full)
+    with track("seed workflow"):
+      verdict = await self._trials.validate(self._root, key, self._full)
     draft.add_root(self._root, key, "seed", "full", verdict)
 
   async def _pick_slots(
@@ -352,7 +356,16 @@ class MCTSOptimizer:
         f"the proposer gave {len(completions)} completions, expected {self.config.group_size}"
       )
     jobs = (self._child(slot, i, c, common, verdicts) for i, c in enumerate(completions))
-    return [child for turns in await gather_all(jobs) for child in turns]
+    judged = await gather_all(self._counted(job) for job in jobs)
+    return [child for turns in judged for child in turns]
+
+  async def _counted(self, job: Coroutine[Any, Any, list[Child]]) -> list[Child]:
+    """A proposal's turns, once they are judged; shown by the last stage that it reached."""
+    turns = await job
+    self._shown.advance()
+    child = turns[-1]
+    self._shown.count("running" if child.runs else f"failed {child.verdict.stage}")
+    return turns
 
   async def _child(
     self,

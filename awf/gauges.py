@@ -58,6 +58,10 @@ class Gauges:
 
     monitoring.register_event_duration_secs_listener(note)
 
+  def restart(self) -> None:
+    """Forgets the seconds of all parts: what follows is a round, what came before was none."""
+    self._seconds = {}
+
   def take(self) -> dict[str, float]:
     """`time/<part>` of all parts and `perf/compile_seconds` since the last call."""
     seconds, compiled = self._seconds, self._compiled

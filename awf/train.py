@@ -145,6 +145,7 @@ class Loop:
   async def _round(self, search, epoch: int) -> None:
     p, started = self.progress, time.perf_counter()
     before = self._totals()
+    self.system.gauges.restart()
     result = await search.round()
     searched = time.perf_counter()
     update = self._update(result.rollouts)

@@ -35,6 +35,10 @@ def test_work_that_overlaps_counts_once():
     "time/rollout": 6.5, "time/evaluate": 0.5, "perf/compile_seconds": 0.0,
   }  # fmt: skip
   assert gauges.take() == {"perf/compile_seconds": 0.0}
+  with gauges.during("evaluate"):
+    now[0] = 20.0
+  gauges.restart()
+  assert gauges.take() == {"perf/compile_seconds": 0.0}
 
 
 def test_a_part_that_fails_counts_too():

@@ -304,7 +304,7 @@ def _reserve(folder: Path, size: int) -> None:
 
 
 def _is_no_echo(record: logging.LogRecord) -> bool:
-  """False for what asyncio and orbax say of a failed write for each array, beside what is raised."""
+  """False for what asyncio and orbax say of a failed write, array by array; it is raised too."""
   error = record.exc_info[1] if record.exc_info else None
   is_disk = isinstance(error, Exception) and disk_fault(error) is not None
   return not is_disk and "exception was never retrieved" not in record.getMessage()

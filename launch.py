@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from awf import cli, terminal
@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
     if listing is not None:
       print(listing)
       return 0
-    command = cli.parse(argv)
+    with _held_signals():
+      command = cli.parse(argv)
     with (
       contextlib.redirect_stdout(sys.stderr),  # stdout is for the JSON line alone
       terminal.show(handler, command.quiet),
@@ -135,6 +136,16 @@ def catch_signals() -> None:
 
   sys.unraisablehook = hook
   signal.signal(signal.SIGTERM, _on_sigterm)
+
+
+@contextlib.contextmanager
+def _held_signals() -> Iterator[None]:
+  """SIGTERM and Ctrl-C wait until it is left: how they end a run depends on its mode."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _on_sigterm(signum: int, frame: object) -> None:

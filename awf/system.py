@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from awf.banner import banner_lines
+from awf.gauges import Gauges, Peak, find_peak, peak_memory_gb, utilisation
 from awf.sandbox import Sandbox, SandboxConfig
 from awf.terminal import count_tokens
 from awf.types import Problem, SamplingParams, UserError, WorkflowSource, stable_hash
@@ -33,10 +34,11 @@ class System:
     held_out: validation problems kept for the comparison before/after, never searched or trained
       on.
     seed_source: the workflow that the search starts from.
+    gauges: seconds by part, for the timings.
   """
 
   def __init__(self, config: ConfigDict, workdir: Any):
-    self.config, self.workdir = config, workdir
+    self.config, self.workdir, self.gauges = config, workdir, Gauges()
     self.sandbox = Sandbox(SandboxConfig(**config.sandbox), preload=PRELOAD)
     try:
       self._build()
@@ -59,6 +61,7 @@ class System:
     self.held_out, self.search_problems = hold_out(self.validation, count, config.seed)
     self.seed_source: WorkflowSource = seed_source(self.task.question_type)
     setup_jax()
+    self.gauges.watch_compilation()
     self.workdir.record_devices()
     self.mesh = make_mesh(**config.mesh)
     single = self.mesh.size == 1
@@ -73,6 +76,7 @@ class System:
     count_tokens(lambda: self.policy.engine.stats()["tokens"])
     for line in banner_lines(self):
       log.info("%s", line)
+    self._peak: Peak | None = None
 
   def runner(self, repeat: int = 0) -> Any:
     """The workflow runner whose executor calls draw their `repeat`-th independent noise."""
@@ -88,6 +92,7 @@ class System:
         dataset=self.task.dataset,
         question_type=self.task.question_type,
         concurrency=self.config.executor.concurrency,
+        watch=lambda: self.gauges.during("evaluate"),
       )
     return self._runners[repeat]
 
@@ -155,7 +160,30 @@ class System:
 
   async def propose(self, messages, n: int, key: int):
     """n completions of the policy for one prompt."""
-    return await self.policy.propose(messages, n, key, self.policy_sampling)
+    with self.gauges.during("rollout"):
+      return await self.policy.propose(messages, n, key, self.policy_sampling)
+
+  def machine(
+    self, before: dict[str, Any], now: dict[str, Any], trainer: Any, update_seconds: float
+  ) -> dict[str, float]:
+    """What a round cost: seconds by part, compilation, memory, shares of the devices' peaks.
+
+    Args:
+      before, now: steps and busy_seconds of the engine before the round and after it.
+      trainer: the learner, or None.
+      update_seconds: of its update.
+    """
+    from awf.qwen.quant import num_bytes
+
+    self._peak = self._peak or find_peak()
+    decode = {name: now[name] - before[name] for name in ("steps", "busy_seconds")}
+    decode["weight_bytes"] = num_bytes(self.policy.params)
+    flops = trainer.flops if trainer is not None else 0.0
+    return {
+      **self.gauges.take(),
+      **utilisation(self._peak, flops, update_seconds, decode),
+      "perf/peak_memory_gb": peak_memory_gb(),
+    }
 
   def executor_totals(self) -> dict[str, int]:
     """Calls, tokens and programs of all runners since the start."""

@@ -142,7 +142,8 @@ class Loop:
       p.best = about_best(search)
     p.episode += 1
     if p.episode % t.episodes == 0:
-      self.metrics.log_epoch(epoch, p.step, {"checkpoint_quality": p.beaten})
+      extra = {"checkpoint_quality": p.beaten, "avg_pass_at_k": self._mean_pass_at_k(epoch)}
+      self.metrics.log_epoch(epoch, p.step, extra)
     self.search = None
     self._save()
 
@@ -154,6 +155,7 @@ class Loop:
   async def _round(self, search, epoch: int) -> None:
     p, started = self.progress, time.perf_counter()
     before = self._totals()
+    self.system.gauges.restart()
     result = await search.round()
     searched = time.perf_counter()
     update = self._update(result.rollouts)
@@ -174,6 +176,7 @@ class Loop:
       "perf/tokens_per_second": tokens / (searched - started),
       "perf/problems_per_hour": 3600 * jobs / (searched - started),
       **status_figures(self.workdir),
+      **self.system.machine(before, totals, self.trainer, updated - searched),
     }
     best, seed = search.best(), search.tree.nodes[1]
     quality = p.beaten + (best.score > seed.score)
@@ -183,7 +186,16 @@ class Loop:
     if p.step % self.config.train.checkpoint_every == 0 or p.is_stopped:
       self._save()
     self._shown.advance(best=best.score, nodes=len(search.tree.nodes), updates=p.updates)
+    # A row of its own: the checkpoint covers the round's.
+    self.metrics.log(p.step, {}, self.system.gauges.take(), epoch=epoch)
     self._say(p.step, results, timings, best.score)
+
+  def _mean_pass_at_k(self, epoch: int) -> float:
+    """Mean over an epoch's rounds of pass@k of the proposals, k being a whole group."""
+    name = f"mcts/pass@{self.config.grpo.group_size}"
+    rows = [row for row in self.metrics.rows if row["level"] == "batch" and row["epoch"] == epoch]
+    found = [row[name] for row in rows if row.get(name) is not None]
+    return math.fsum(found) / len(found) if found else math.nan
 
   def _update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """GRPO on the round's rollouts; the policy's new adapter serves the next proposals."""
@@ -373,19 +385,23 @@ class Loop:
     # An episode's end saves again at the same step, with what comes after it.
     number = 2 * self.progress.step + (self.search is None)
     if number > self._saved:
-      self.checkpoints.save(number, self._state(), extra)
+      with self.system.gauges.during("checkpoint"):
+        self.checkpoints.save(number, self._state(), extra)
       self._saved = number
 
   def _seconds(self) -> float:
     return self.progress.seconds + time.perf_counter() - self.start
 
-  def _totals(self) -> dict[str, int]:
-    """Executor calls, generated tokens and executed problems, earlier processes included."""
+  def _totals(self) -> dict[str, Any]:
+    """Executor calls and generated tokens, earlier processes included; of this one alone executed
+    problems, the engine's decode steps and the seconds that it was busy."""
     engine, executor = self.system.policy.engine.stats(), self.system.executor_totals()
     return {
       "calls": self.progress.calls + executor.get("llm_calls", 0),
       "tokens": self.progress.tokens + int(engine["tokens"]),
       "jobs": executor.get("jobs", 0),
+      "steps": int(engine["steps"]),
+      "busy_seconds": engine["busy_seconds"],
     }
 
   def _write_trajectories(self, result) -> None:

@@ -230,6 +230,23 @@ def test_an_interrupted_run_says_how_to_resume(text, tmp_path, sent, code):
   assert last.startswith("interrupted") and "resume with: python launch.py --config=" in last
 
 
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_while_the_command_line_is_read_waits_until_the_mode_is_known(
+  capsys, text, tmp_path, monkeypatch, sent, code
+):
+  original = cli.parse
+
+  def parse(argv):
+    os.kill(os.getpid(), sent)
+    return original(argv)
+
+  monkeypatch.setattr(cli, "parse", parse)
+  assert run(*sft_argv(text, tmp_path / "run")) == code
+  out, err = capsys.readouterr()
+  assert json.loads(out)["interrupted"] and "resume with: python launch.py --config=" in err
+  assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
 def test_an_interrupted_sft_resumes_to_the_same_rows(capsys, text, tmp_path, monkeypatch):
   """SIGTERM at a step that is no multiple of log_every."""
   flags = ("--config.sft.steps=9", "--config.sft.log_every=4")

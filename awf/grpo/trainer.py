@@ -77,6 +77,7 @@ class GRPOTrainer:
   Attributes:
     state: TrainState; replace it to resume (same structure, any placement).
     traces: how often the step was traced; 1 until a longer row or a larger batch needs more room.
+    flops: what the last update's passes had to compute (`Update.flops`).
 
   Args:
     model_config: architecture and compute dtype.
@@ -114,7 +115,7 @@ class GRPOTrainer:
   ):
     self.grpo, self.optim, self.lora_config = grpo, optim, lora_config
     self.mesh = make_mesh(1, devices=jax.devices()[:1]) if mesh is None else mesh
-    self._config = model_config
+    self._config, self.num_parameters = model_config, model_config.num_parameters
     platform = self.mesh.devices.flat[0].platform
     self.is_looped = platform == "tpu" if is_looped is None else is_looped
     self._params = params
@@ -135,7 +136,7 @@ class GRPOTrainer:
       keeps_support=keeps_support,
     )
     self.head_chunk = min(grpo.vocab_chunk, head_chunk(model_config.vocab_size))
-    self.traces = 0
+    self.traces, self.flops = 0, 0.0
 
     def first_state(key: jax.Array) -> TrainState:
       init_key, key = jax.random.split(key)

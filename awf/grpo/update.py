@@ -59,6 +59,7 @@ class Update:
   def run(self) -> dict[str, float]:
     """Steps of the trainer's state; returns the metrics (`GRPOTrainer.update`)."""
     grpo, rollouts = self.grpo, self.rollouts
+    self.trainer.flops = 0.0
     reward_B, _ = shaped_rewards(rollouts, grpo)
     metrics = rollout_metrics(rollouts, grpo)
     if any(math.isinf(r.reward) for r in rollouts):  # NaN is a row without a reward, this is none
@@ -71,10 +72,24 @@ class Update:
     self.placed = self.trainer._place(self.batch)
     self.data = self._data(plan)
     steps = jax.device_get([self._step(i, plan) for i in range(grpo.steps_per_batch)])
+    self.trainer.flops = self.flops()
     metrics |= mean_of_sound(steps)
     if self.kl_n is not None:
       metrics["kl"] = float(self.kl_n[self.layout.is_in(self.batch)].mean())
     return metrics | self._sampling_metrics()
+
+  def flops(self) -> float:
+    """Model FLOPs of the batch's passes: 2N a token forward, as many backward to the activations.
+
+    N are the base's parameters (a tied head once) and tokens those that were computed: a prompt
+    that completions share counts once. Attention and the adapter are left out, as is what remat
+    computes again.
+    """
+    grpo, steps = self.grpo, self.grpo.steps_per_batch
+    passes = 2 * steps + grpo.has_kl_in_loss  # forward and backward; the reference
+    passes += grpo.needs_old_logp + grpo.has_kl_in_reward
+    passes += (steps - 1) * grpo.is_sequence_loss + (1 + steps) * grpo.has_critic
+    return 2.0 * self.trainer.num_parameters * self.batch.num_tokens * passes
 
   def _step(self, number: int, plan: Plan) -> dict[str, jax.Array]:
     """One optimiser step; its metrics."""

@@ -252,7 +252,8 @@ class MCTSOptimizer:
     with track("full validation"):
       full = await self._validate_best(draft.tree, children)
     rounds.grow(draft, children, full)
-    result = rounds.summarise(draft, children, common, self.config, self._full, self._stages)
+    problems = rounds.Problems(common, self._full)
+    result = rounds.summarise(draft, children, full, problems, self.config, self._stages)
     draft.note(rounds.round_note(draft, common, children, full))
     self._commit(draft, starts_used)
     return result

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from awf.search.config import RewardConfig, SearchConfig
 from awf.search.stages import Trial, Verdict, reward_parts
@@ -229,21 +229,29 @@ def rollout_of(child: Child, config: RewardConfig) -> Rollout:
   )
 
 
+class Problems(NamedTuple):
+  """What a round is measured on."""
+
+  common: Sequence[Problem]  # of all proposals
+  full: Sequence[Problem]  # of the best ones
+
+
 def summarise(
   draft: Draft,
   children: Sequence[Child],
-  common: Sequence[Problem],
+  validated: Mapping[str, Verdict],
+  problems: Problems,
   config: SearchConfig,
-  full: Sequence[Problem],
   stages: tuple[str, ...],
 ) -> RoundResult:
-  """The round's result, from the finished draft."""
-  first = [c for c in children if not c.turn]
+  """The round's result, from the finished draft; `validated` are the full validations, by key."""
+  common, first = problems.common, [c for c in children if not c.turn]
   added = {e["node"]["id"] for e in draft.events if e["event"] == "add"}
   earlier = {n.canonical for n in draft.tree.nodes.values() if n.born < draft.round}
   metrics = {
-    **_tree_metrics(draft, full, stages),
+    **_tree_metrics(draft, problems.full, stages),
     **_child_metrics(first, common, earlier),
+    **_full_metrics(validated),
     **_pass_metrics(first, common, config.group_size),
   }
   if config.repairs:
@@ -311,6 +319,12 @@ def _child_metrics(
     out[f"stage/{stage}/passed"] = float(reached - failed)
     out[f"stage/{stage}/failed"] = float(failed)
   return out
+
+
+def _full_metrics(validated: Mapping[str, Verdict]) -> dict[str, float]:
+  """Workflows that were validated in full, and of them those that failed on some problem."""
+  failed = sum(any(t.failure is not None for t in v.trials) for v in validated.values())
+  return {"stage/full/passed": float(len(validated) - failed), "stage/full/failed": float(failed)}
 
 
 def _pass_metrics(

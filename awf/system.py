@@ -10,6 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from awf.config_io import flatten
+from awf.hosts import Cluster, Hosts, join, settings
 from awf.sandbox import Sandbox, SandboxConfig
 from awf.types import Problem, SamplingParams, UserError, WorkflowSource, stable_hash
 from awf.workflow.contract import PRELOAD, seed_source
@@ -22,8 +24,9 @@ class System:
 
   Attributes:
     sandbox: started before JAX, so that its forks hold no accelerator.
-    policy: base model with the policy's adapter.
-    mesh: of the learner.
+    hosts: the processes of the run.
+    policy: base model with the policy's adapter, on this process's devices.
+    mesh: of the learner, over the devices of all processes.
     task: the data set.
     validation, test: its problems; test is for evaluation alone.
     search_problems: validation problems that the search may use.
@@ -45,10 +48,11 @@ class System:
     # JAX is imported from here on.
     from awf.policy import make_policy
     from awf.runtime_setup import setup_jax
-    from awf.sharding import make_mesh
+    from awf.sharding import local_mesh, make_mesh
     from awf.tasks import make_task
 
     config = self.config
+    self.hosts = self._join()
     self.task = make_task(config.task, self.sandbox)
     validation, test = self.task.split_dataset()
     self.validation, self.test = tuple(validation), tuple(test)
@@ -58,8 +62,9 @@ class System:
     setup_jax()
     self.workdir.record_devices()
     self.mesh = make_mesh(**config.mesh)
-    single = self.mesh.size == 1
-    self.policy = make_policy(config, None if single else self.mesh)
+    own = local_mesh(self.mesh)
+    self.policy = make_policy(config, None if own.size == 1 else own)
+    self._version = 0  # of the policy's adapter
     self.policy.prompt_ids([{"role": "user", "content": "?"}])  # no chat template: said now
     self.workdir.add_to_record(
       base_fingerprint=self.policy.base_fingerprint,
@@ -67,18 +72,52 @@ class System:
       trainable_share=self.policy.trainable_share,
     )
     self._runners: dict[int, Any] = {}
+    self._check_agreement()
     log.info(
       "model %s (%.1fM parameters), %d validation and %d test problems",
       config.model.path, self.policy.config.num_parameters / 1e6,
       len(self.validation), len(self.test),
     )  # fmt: skip
 
+  def _join(self) -> Hosts:
+    """Finds the other processes of the run, before JAX sees any device."""
+    from awf.runtime_setup import setup_jax
+
+    chosen = settings(self.config)
+    if chosen is None:
+      return Hosts()
+    setup_jax()
+    found = join(chosen)
+    self.workdir.claim(found.is_writer)
+    found.agree(
+      "config", self._shared_config(), "start all processes with the same command and code"
+    )
+    return found
+
+  def _shared_config(self) -> dict[str, Any]:
+    flat = flatten(self.config)
+    return {k: str(v) for k, v in flat.items() if not k.startswith(("distributed.", "sandbox."))}
+
+  def _check_agreement(self) -> None:
+    """What every process reads for itself must be the same."""
+    if not isinstance(self.hosts, Cluster):
+      return
+    from awf.dealt import DealtTask
+
+    problems = stable_hash([[p.id, p.prompt] for p in (*self.validation, *self.test)])
+    self.hosts.agree("set of problems", problems, "config.task.path must be the same file")
+    base = [self.policy.base_fingerprint, self.policy.trainable_parameters]
+    self.hosts.agree("model", base, "config.model.path must be the same checkpoint")
+    record = (self.workdir.record() or {}).get("started")
+    self.hosts.agree("--workdir", record, "it must be a directory that all processes share")
+    self.task = DealtTask(self.task, self.hosts)
+
   def runner(self, repeat: int = 0) -> Any:
     """The workflow runner whose executor calls draw their `repeat`-th independent noise."""
     from awf.workflow.runner import WorkflowRunner
 
     if repeat not in self._runners:
-      self._runners[repeat] = WorkflowRunner(
+      runner = WorkflowRunner(
         self.sandbox,
         self.policy,
         self.executor_sampling,
@@ -88,6 +127,11 @@ class System:
         question_type=self.task.question_type,
         concurrency=self.config.executor.concurrency,
       )
+      if isinstance(self.hosts, Cluster):
+        from awf.dealt import DealtRunner
+
+        runner = DealtRunner(runner, self.hosts, repeat)
+      self._runners[repeat] = runner
     return self._runners[repeat]
 
   def make_trainer(self, rounds: int) -> Any:
@@ -96,11 +140,12 @@ class System:
 
     from awf.grpo.config import GRPOConfig, OptimConfig
     from awf.grpo.trainer import GRPOTrainer
+    from awf.sharding import spread
 
     config, policy = self.config, self.policy
     return GRPOTrainer(
       policy.config,
-      policy.params,
+      spread(policy.params, self.mesh),
       policy.lora,
       policy.lora_config,
       GRPOConfig.from_config(config.grpo, config.sampler.max_new_tokens),
@@ -112,8 +157,15 @@ class System:
       top_k=config.sampler.top_k,
     )
 
-  def make_search(self, episode: int) -> Any:
-    """The search of one episode, counted from 0 over all epochs."""
+  def serve(self, lora: Any) -> None:
+    """Puts an adapter of the learner in place for what is sampled from now on."""
+    from awf.sharding import gathered_here
+
+    self._version += 1
+    self.policy.set_lora(gathered_here(lora, self.mesh))
+
+  def make_search(self, episode: int, agree: Any = None) -> Any:
+    """The search of one episode, counted from 0 over all epochs; `agree` as in MCTSOptimizer."""
     from awf.search.config import SearchConfig, load_starts
     from awf.search.mcts import MCTSOptimizer
 
@@ -128,7 +180,7 @@ class System:
     )
     # The first search is the run's workspace; each further one has its own folder beside it.
     folder = self.workdir.workspace if episode == 0 else self.workdir / f"workspace_{episode + 1}"
-    return MCTSOptimizer(
+    optimizer = MCTSOptimizer(
       search,
       self.runner(),
       task,
@@ -137,7 +189,10 @@ class System:
       folder,
       stable_hash(config.seed, "search", episode),
       starts=load_starts(config.search.starts),
+      agree=agree,
     )
+    optimizer.workspace.is_kept = self.hosts.is_writer
+    return optimizer
 
   @property
   def executor_sampling(self) -> SamplingParams:
@@ -151,6 +206,11 @@ class System:
 
   async def propose(self, messages, n: int, key: int):
     """n completions of the policy for one prompt."""
+    if isinstance(self.hosts, Cluster):
+      from awf.dealt import propose
+
+      args = (self.policy, messages, n, key, self.policy_sampling)
+      return await propose(self.hosts, self._version, *args)
     return await self.policy.propose(messages, n, key, self.policy_sampling)
 
   def executor_totals(self) -> dict[str, int]:

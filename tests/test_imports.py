@@ -11,7 +11,18 @@ from conftest import ROOT
 LEVELS = {
   **dict.fromkeys(("types",), 0),
   **dict.fromkeys(
-    ("sharding", "chips", "config_io", "runtime_setup", "faults", "interrupt", "remat"), 1
+    (
+      "sharding",
+      "chips",
+      "config_io",
+      "runtime_setup",
+      "faults",
+      "interrupt",
+      "remat",
+      "hub",
+      "hosts",
+    ),
+    1,
   ),
   **dict.fromkeys(("config", "workdir", "grpo_config"), 2),
   "qwen": 3,

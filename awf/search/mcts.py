@@ -57,7 +57,8 @@ class MCTSOptimizer:
     workspace: folder that gets `<Dataset>/workflows/...`; a workspace that AFlow wrote is
       continued. seed: of every choice of the search. starts: further start workflows;
       config.start_share of each round's parents are taken from them. root: the first workflow; None
-      is AFlow's seed of the question type.
+      is AFlow's seed of the question type. agree: called when a round is computed and not yet
+      committed; what it raises gives the round up.
 
   Raises:
     UserError: no problems, or a start workflow that fails the static check.
@@ -74,6 +75,7 @@ class MCTSOptimizer:
     seed: int,
     starts: Sequence[WorkflowSource] = (),
     root: WorkflowSource | None = None,
+    agree: Callable[[], Awaitable[None]] | None = None,
   ):
     if not problems:
       raise UserError("config.task: the search needs at least one validation problem, got none")
@@ -86,7 +88,7 @@ class MCTSOptimizer:
     self.seed = seed
     self.workspace = Workspace(workspace, config.dataset, config.question_type)
     self._by_id = {p.id: p for p in self.problems}
-    self._proposer = proposer
+    self._proposer, self._agree = proposer, agree
     self._trials = Trials(runner, evaluator)
     self._starts = tuple(starts)
     self._root = root or seed_source(config.question_type)
@@ -189,7 +191,7 @@ class MCTSOptimizer:
       UserError: no prompt of the round fits the policy's context.
       RuntimeError: the seed or a start workflow could not be run at all (infrastructure).
     """
-    self._prepare_workspace()
+    self.open_workspace()
     draft = rounds.Draft(self.tree, self.rounds_done + 1)
     await self._ensure_seed(draft)
     common = self.common_problems(draft.round)
@@ -206,10 +208,13 @@ class MCTSOptimizer:
     rounds.grow(draft, children, full)
     result = rounds.summarise(draft, children, common, self.config, self._full, self._stages)
     draft.note(rounds.round_note(common, children))
+    if self._agree is not None:
+      await self._agree()
     self._commit(draft, starts_used)
     return result
 
-  def _prepare_workspace(self) -> None:
+  def open_workspace(self) -> None:
+    """Takes over what the workspace holds and makes its files agree; `round` does it by itself."""
     if self._prepared:
       return
     if self.workspace.is_foreign():

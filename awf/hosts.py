@@ -22,7 +22,7 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from awf.hub import Hub, Message
+from awf.hub import Gate, Hub, Message
 from awf.types import UserError
 
 log = logging.getLogger("awf")
@@ -360,9 +360,15 @@ class _Membership:
 
   def __init__(self) -> None:
     self.cluster: Cluster | None = None
+    self.gate: Gate | None = None
     self.reason = ""  # why the run is over
     self.over = threading.Event()
     self.is_leaving = threading.Event()
+
+  def lose_first(self) -> None:
+    """Process 0 is gone, and JAX's coordination service with it."""
+    if self.cluster is not None:
+      self.end(f"process 0 of {self.cluster.size} is lost: its connection closed")
 
   def end(self, reason: str) -> None:
     """Ends this process, which may hang where another one is missing; called by any thread."""
@@ -405,15 +411,24 @@ def join(chosen: Settings) -> Cluster | Hosts:
   _use_gloo(jax)
   # It would take SIGTERM, which this program handles itself.
   jax.config.update("jax_enable_preemption_service", False)
-  where: dict[str, Any] = {}
-  if chosen.coordinator != AUTO:
-    where = {
-      "coordinator_address": chosen.coordinator,
-      "num_processes": chosen.num_processes,
-      "process_id": chosen.process_id,
-      "cluster_detection_method": "deactivate",
-    }
   try:
+    where = (
+      _detected()
+      if chosen.coordinator == AUTO
+      else {
+        "coordinator_address": chosen.coordinator,
+        "num_processes": chosen.num_processes,
+        "process_id": chosen.process_id,
+      }
+    )
+    address = where.get("coordinator_address", "")
+    if where.get("process_id"):
+      # JAX aborts when its connection to process 0 breaks; behind the gate it does not see that.
+      host, _, port = address.rpartition(":")
+      _membership.gate = Gate((host.strip("[]"), int(port)), _membership.lose_first)
+      where["coordinator_address"] = f"127.0.0.1:{_membership.gate.port}"
+    if where:
+      where["cluster_detection_method"] = "deactivate"
     jax.distributed.initialize(
       **where,
       initialization_timeout=START_SECONDS,
@@ -431,13 +446,31 @@ def join(chosen: Settings) -> Cluster | Hosts:
   if size == 1:
     return Hosts()
   cluster = Cluster(index, size, chosen.timeout, _membership.end)
-  _connect(cluster, chosen)
+  _connect(cluster, address)
   _membership.cluster = cluster
   log.info("process %d of %d, %d of %d devices", index, size, jax.local_device_count(),
            jax.device_count())  # fmt: skip
   if index:
     log.setLevel(logging.WARNING)  # one process tells what the run does
   return cluster
+
+
+def _detected() -> dict[str, Any]:
+  """What JAX finds out about the cluster that started this process; {} leaves it to JAX."""
+  try:
+    from jax._src.clusters import ClusterEnv
+
+    found = ClusterEnv.auto_detect_unset_distributed_params(
+      None, None, None, None, None, START_SECONDS
+    )
+  except (ImportError, AttributeError, TypeError) as error:  # another version of JAX
+    log.debug("the cluster is left to JAX: %s", error)
+    return {}
+  names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
+  where = {name: value for name, value in zip(names, found, strict=True) if value is not None}
+  if not {*names[:3]} <= where.keys():
+    raise ValueError("no TPU pod, SLURM, Open MPI or Kubernetes was found here")
+  return where
 
 
 def _use_gloo(jax: Any) -> None:
@@ -447,14 +480,14 @@ def _use_gloo(jax: Any) -> None:
     jax.config.update(name, "gloo")
 
 
-def _connect(cluster: Cluster, chosen: Settings) -> None:
+def _connect(cluster: Cluster, coordinator: str) -> None:
   """Opens the hub: process 0 tells its address and a token through JAX."""
   import numpy as np
   from jax.experimental import multihost_utils
 
   server, card = None, b""
   if cluster.index == 0:
-    hosts = _own_addresses(chosen.coordinator)
+    hosts = _own_addresses(coordinator)
     is_local = all(_is_loopback(host) for host in hosts)
     server = socket.create_server(("127.0.0.1" if is_local else "", 0), backlog=cluster.size)
     port, token = server.getsockname()[1], secrets.token_hex(16)
@@ -477,7 +510,7 @@ def _connect(cluster: Cluster, chosen: Settings) -> None:
 
 def _own_addresses(coordinator: str) -> list[str]:
   """Names under which others may reach this host, the surest first."""
-  found = [] if coordinator == AUTO else [coordinator.rpartition(":")[0].strip("[]")]
+  found = [coordinator.rpartition(":")[0].strip("[]")] if coordinator else []
   if found and _is_loopback(found[0]):
     return found
   with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -516,6 +549,8 @@ def leave(code: int, why: str = "") -> int:
 
     cluster.meet_now({})
     _membership.is_leaving.set()
+    if _membership.gate is not None:
+      _membership.gate.close()
     cluster.hub.farewell()
     jax.distributed.shutdown()
     cluster.hub.close(10.0)

@@ -256,3 +256,77 @@ class Hub:
           link.put(encode({"type": "ping"}))
         if link.silent > self._limit:
           self._ended(other, f"it has said nothing for {self._limit} seconds")
+
+
+class Gate:
+  """A door on this host to a service on process 0, for a client that ends the program when the
+  connection breaks: who stands in the door sees that first, and keeps the client's side open.
+
+  Args:
+    target: host and port of the service.
+    lost: called once, when the service is gone before `close`.
+  """
+
+  def __init__(self, target: tuple[str, int], lost: Callable[[], None]):
+    self._target, self._lost = target, lost
+    self._is_closed = False
+    self._server = socket.create_server(("127.0.0.1", 0))
+    self.port: int = self._server.getsockname()[1]
+    self._held: list[socket.socket] = []
+    threading.Thread(target=self._accept, name="awf-gate", daemon=True).start()
+
+  def close(self) -> None:
+    """From now on a connection that ends is one that ends."""
+    self._is_closed = True
+
+  def _accept(self) -> None:
+    while True:
+      inner, _ = self._server.accept()
+      try:
+        outer = socket.create_connection(self._target, timeout=_HELLO_SECONDS)
+      except OSError as error:  # not there yet: the client tries again, as long as it likes
+        log.debug("%s:%s does not answer: %s", *self._target, error)
+        inner.close()
+        time.sleep(0.2)
+        continue
+      for sock in (inner, outer):
+        sock.settimeout(None)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+      for job in (self._up, self._down):
+        threading.Thread(target=job, args=(inner, outer), name="awf-gate", daemon=True).start()
+
+  def _up(self, inner: socket.socket, outer: socket.socket) -> None:
+    _pump(inner, outer)
+    _end(outer)
+
+  def _down(self, inner: socket.socket, outer: socket.socket) -> None:
+    _pump(outer, inner)
+    if self._is_closed or self._answers():
+      _end(inner)
+      return
+    self._held.append(inner)
+    self._lost()
+
+  def _answers(self) -> bool:
+    time.sleep(_TICK)  # a process that dies closes its connections before its door
+    try:
+      socket.create_connection(self._target, timeout=5.0).close()
+    except OSError:
+      return False
+    return True
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+  """Copies bytes until one side ends."""
+  try:
+    while data := source.recv(1 << 16):
+      sink.sendall(data)
+  except OSError as error:
+    log.debug("a connection broke: %s", error)
+
+
+def _end(sock: socket.socket) -> None:
+  try:
+    sock.shutdown(socket.SHUT_WR)
+  except OSError as error:
+    log.debug("a connection was closed before: %s", error)

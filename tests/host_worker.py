@@ -104,7 +104,9 @@ def restore(cluster, folder):
   checkpoints = Checkpointer(folder / "checkpoints", keep=1)
   step, state, extra = checkpoints.restore(trainer.state)
   checkpoints.close()
-  is_spread = all(x.sharding.device_set == set(trainer.mesh.devices.flat) for x in state_arrays(state))
+  is_spread = all(
+    x.sharding.device_set == set(trainer.mesh.devices.flat) for x in state_arrays(state)
+  )
   return {"step": step, "digest": digest(state), "extra": extra, "is_spread": is_spread}
 
 

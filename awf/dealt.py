@@ -20,6 +20,7 @@ from awf.types import (
   WorkflowSource,
   stable_hash,
 )
+from awf.workflow.canonical import canonical
 
 
 class DealtRunner:
@@ -36,7 +37,7 @@ class DealtRunner:
       is_lasting = result.failure is None or result.failure.kind != "infrastructure"
       return dataclasses.asdict(result), is_lasting
 
-    name = stable_hash(self._repeat, source.graph, source.prompt, problem.id, problem.prompt)
+    name = stable_hash(self._repeat, canonical(source), problem.id, problem.prompt)
     row = await self._cluster.share("run", f"{name:x}", make)
     failure = row["failure"] and Failure(**row["failure"])
     return WorkflowResult(**{**row, "failure": failure})

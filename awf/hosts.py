@@ -31,6 +31,7 @@ AUTO = "auto"
 LOST_CODE = 2  # exit code of a process whose run was ended by another one's end
 START_SECONDS = 300  # that the processes wait for each other at the start
 _GRACE = 3.0  # seconds that a process has to end by itself when the run is over
+_DAY = 86_400
 _CARD_BYTES = 1024  # room for what process 0 says about its hub
 
 Value = tuple[Any, bool]  # a job's result as JSON, and whether it may serve later requests for it
@@ -432,8 +433,9 @@ def join(chosen: Settings) -> Cluster | Hosts:
     jax.distributed.initialize(
       **where,
       initialization_timeout=START_SECONDS,
-      heartbeat_timeout_seconds=int(max(100, 3 * chosen.timeout)),  # the hub says it before
-      shutdown_timeout_seconds=30,
+      # The hub watches who is there; JAX would take hosts that stood still for lost ones.
+      heartbeat_timeout_seconds=_DAY,
+      shutdown_timeout_seconds=START_SECONDS,
     )
     index, size = jax.process_index(), jax.process_count()
   except (RuntimeError, ValueError) as error:
@@ -468,6 +470,8 @@ def _detected() -> dict[str, Any]:
     return {}
   names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
   where = {name: value for name, value in zip(names, found, strict=True) if value is not None}
+  if os.environ.get("JAX_LOCAL_DEVICE_IDS"):  # JAX reads it; a cluster says one device a process
+    where.pop("local_device_ids", None)
   if not {*names[:3]} <= where.keys():
     raise ValueError("no TPU pod, SLURM, Open MPI or Kubernetes was found here")
   return where

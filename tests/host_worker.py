@@ -1,6 +1,6 @@
 """One process of several on this machine, for tests/test_hosts.py: a part of the loop at a time.
 
-python tests/host_worker.py PART FOLDER INDEX COUNT PORT
+python tests/host_worker.py PART FOLDER INDEX COUNT PORT     (PORT 0: as a cluster's variables say)
 
 update   updates on the mesh of all processes, then a checkpoint
 restore  the newest checkpoint, on the mesh of all processes
@@ -28,17 +28,16 @@ from awf.types import UserError  # noqa: E402
 TIMEOUT = 20.0
 
 
-def settings_of_learner():
-  """Settings whose passes before and beside the update read what other processes hold."""
+def setting():
+  """One whose passes before and beside the update read what other processes hold."""
   from test_grpo import GRPO
 
-  return {
-    "plain": dataclasses.replace(GRPO, importance="token_truncate", beta=0.1),
-    "critic": dataclasses.replace(GRPO, advantage="gae", beta=0.1, kl_in="reward"),
-  }
+  return dataclasses.replace(
+    GRPO, advantage="gae", beta=0.1, kl_in="reward", importance="token_truncate"
+  )
 
 
-def make_trainer(grpo, mesh):
+def make_trainer(mesh):
   import jax
   from test_grpo import LORA, OPTIM, SHALLOW
 
@@ -50,7 +49,7 @@ def make_trainer(grpo, mesh):
     lambda x: x * 4 if x.ndim > 1 else x, init_params(SHALLOW, jax.random.key(0))
   )
   params = spread(params, mesh) if mesh is not None else params
-  return GRPOTrainer(SHALLOW, params, None, LORA, grpo, OPTIM, mesh, jax.random.key(7))
+  return GRPOTrainer(SHALLOW, params, None, LORA, setting(), OPTIM, mesh, jax.random.key(7))
 
 
 def leaves(state):
@@ -70,14 +69,11 @@ def digest(state):
 
 
 def updated(mesh):
-  """(metrics by name, trainer of the last) after an update under each setting."""
+  """(metrics, trainer) after one update."""
   from test_grpo import make_rollouts
 
-  metrics, trainer = {}, None
-  for name, grpo in settings_of_learner().items():
-    trainer = make_trainer(grpo, mesh)
-    metrics[name] = trainer.update(make_rollouts(seed=1))
-  return metrics, trainer
+  trainer = make_trainer(mesh)
+  return trainer.update(make_rollouts(seed=1)), trainer
 
 
 def update(cluster, folder):
@@ -100,7 +96,7 @@ def restore(cluster, folder):
   from awf.checkpoint import Checkpointer
   from awf.sharding import make_mesh
 
-  trainer = make_trainer(settings_of_learner()["critic"], make_mesh())
+  trainer = make_trainer(make_mesh())
   checkpoints = Checkpointer(folder / "checkpoints", keep=1)
   step, state, extra = checkpoints.restore(trainer.state)
   checkpoints.close()
@@ -193,7 +189,10 @@ def main():
 
   os.environ["JAX_PLATFORMS"] = "cpu"
   setup_jax()
-  cluster = hosts.join(hosts.Settings(f"127.0.0.1:{port}", count, index, TIMEOUT))
+  chosen = hosts.Settings(f"127.0.0.1:{port}", count, index, TIMEOUT)
+  if not port:  # the environment says it
+    chosen = hosts.Settings(hosts.AUTO, None, None, TIMEOUT)
+  cluster = hosts.join(chosen)
   try:
     result = globals()[part](cluster, folder)
   except Exception as error:

@@ -53,7 +53,9 @@ def settings(config: Any) -> Settings | None:
   Raises:
     UserError: a coordinator without the number of processes or of this one.
   """
-  d = config.distributed
+  d = config.get("distributed")
+  if d is None:  # of a run that is older than the field
+    return None
   coordinator = d.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
   if not coordinator:
     return None

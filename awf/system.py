@@ -5,18 +5,21 @@ runner.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from awf.config_io import flatten
+from awf.config_io import PATH_FIELDS, flatten
 from awf.hosts import Cluster, Hosts, join, settings
 from awf.sandbox import Sandbox, SandboxConfig
 from awf.types import Problem, SamplingParams, UserError, WorkflowSource, stable_hash
 from awf.workflow.contract import PRELOAD, seed_source
 
 log = logging.getLogger("awf")
+
+_SHOW_SECONDS = 60.0  # after which a shared disk shows what another host wrote
 
 
 class System:
@@ -95,8 +98,20 @@ class System:
     return found
 
   def _shared_config(self) -> dict[str, Any]:
-    flat = flatten(self.config)
-    return {k: str(v) for k, v in flat.items() if not k.startswith(("distributed.", "sandbox."))}
+    """What must be equal; paths may differ, what they hold is compared later."""
+    own = ("distributed.", "sandbox.workers", "sandbox.max_children", *PATH_FIELDS)
+    return {k: str(v) for k, v in flatten(self.config).items() if not k.startswith(own)}
+
+  def _seen_record(self) -> Any:
+    """When the run in DIR began, as process 0 wrote it; a shared disk may show it late."""
+    told = self.hosts.meet_now({"started": (self.workdir.record() or {}).get("started")})
+    wanted, found = told[0]["started"], None
+    deadline = time.monotonic() + _SHOW_SECONDS
+    while (found := (self.workdir.record() or {}).get("started")) != wanted:
+      if time.monotonic() > deadline:
+        break
+      time.sleep(0.5)
+    return found
 
   def _check_agreement(self) -> None:
     """What every process reads for itself must be the same."""
@@ -108,8 +123,8 @@ class System:
     self.hosts.agree("set of problems", problems, "config.task.path must be the same file")
     base = [self.policy.base_fingerprint, self.policy.trainable_parameters]
     self.hosts.agree("model", base, "config.model.path must be the same checkpoint")
-    record = (self.workdir.record() or {}).get("started")
-    self.hosts.agree("--workdir", record, "it must be a directory that all processes share")
+    where = "it must be a directory that all processes share"
+    self.hosts.agree("--workdir", self._seen_record(), where)
     self.task = DealtTask(self.task, self.hosts)
 
   def runner(self, repeat: int = 0) -> Any:

@@ -55,6 +55,7 @@ class Loop:
     self.system, self.config, self.trains = system, system.config, trains
     self.workdir, self.hosts = system.workdir, system.hosts
     self._others: list[dict[str, Any]] = []  # facts of the other processes, when all met last
+    self._common_seconds = 0.0  # process 0's clock then: one decides on the limit of time
     self.start = time.perf_counter()
     self.progress = Progress()
     self.own_metrics = OwnMetrics(self.config.metrics)

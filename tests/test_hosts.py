@@ -16,6 +16,7 @@ from conftest import CACHE, ROOT
 from host_worker import digest, leaves, make_trainer, updated
 from small_run import differences, small
 
+import launch as launch_module
 from awf.checkpoint import Checkpointer
 from awf.config_io import resolve_paths
 from awf.dealt import merged
@@ -189,11 +190,12 @@ def test_processes_are_off_by_default_and_found_by_the_usual_means(monkeypatch):
     settings(config)
 
 
-def test_modes_of_one_process_say_so(tmp_path):
-  config = "configs/quickstart.py:smoke"
-  (done,) = finish(launch(config, tmp_path / "run", 1, tmp_path / "out", "--mode=bench"))
-  # One process of one is no run of several.
-  assert "config.distributed" not in done[2]
+def test_modes_of_one_process_say_so(monkeypatch, capsys):
+  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1234")
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+  monkeypatch.setenv("JAX_PROCESS_ID", "0")
+  assert launch_module.main(["--config=configs/quickstart.py:smoke", "--mode=bench"]) == 2
+  assert "config.distributed: --mode=bench runs in one process" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- learner, checkpoints
@@ -311,4 +313,23 @@ def test_two_processes_run_as_one(two, tmp_path):
     one = run_train(resolve_paths(config), workdir)
   assert differences(folder, tmp_path / "one") == []
   assert figures["llm_calls"] == one["llm_calls"]
-  assert len(list((folder / "tb").iterdir())) == len(list((tmp_path / "one" / "tb").iterdir()))
+  assert len(list((folder / "tb").iterdir())) == 1
+
+
+def test_a_signal_to_one_stops_all_after_the_same_round_and_both_go_on(two, config_file, tmp_path):
+  folder = tmp_path / "run"
+  started = launch(config_file, folder, 2, tmp_path / "out")
+  deadline = time.monotonic() + PATIENCE
+  while "round 1 of 2" not in started[0][2].read_text():
+    assert time.monotonic() < deadline and started[0][0].poll() is None
+    time.sleep(0.05)
+  started[1][0].send_signal(signal.SIGTERM)
+  done = finish(started)
+  assert [code for code, _, _ in done] == [0, 0], done
+  said = json.loads(done[0][1].strip().splitlines()[-1])
+  assert said["interrupted"] and said["signal"] == "SIGTERM" and "{" not in done[1][1]
+  assert said["rounds"] == 1
+  again = finish(launch(config_file, folder, 2, tmp_path / "again"))
+  assert [code for code, _, _ in again] == [0, 0], again
+  assert "resumed after round 1 of 2" in again[0][2]
+  assert differences(folder, two[0]) == []

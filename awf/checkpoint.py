@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from awf.faults import disk_fault
 from awf.types import UserError
@@ -102,6 +103,7 @@ class Checkpointer:
     if is_writer:
       self._sweep()
       self._set_aside(step)
+    _meet(f"save {step}")
     self._manager.reload()
     items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
     for logger in _ECHOING:
@@ -127,6 +129,7 @@ class Checkpointer:
       logger.removeFilter(_is_no_echo)
     if is_writer:
       self._retain(step)
+    _meet(f"saved {step}")
 
   def restore(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
     """Reads the newest sound checkpoint; a damaged one is logged and the one before it is tried.
@@ -282,6 +285,12 @@ class Checkpointer:
         f"differ, first {name}: expected {expected.get(name)}, got {meta['layout'].get(name)}; "
         "change config.lora or --workdir"
       )
+
+
+def _meet(name: str) -> None:
+  """Waits for the other processes, if there are any: one of them tidies up, all of them write."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f"awf {name}")
 
 
 def _reserve(folder: Path, size: int) -> None:

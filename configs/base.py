@@ -247,6 +247,17 @@ def base_config() -> ConfigDict:
       tensor=1,  # heads and widths of a layer
     )
   )
+  # Several processes as one run (modes train, search, eval); each is started with this config.
+  c.distributed = ConfigDict(
+    dict(
+      # HOST:PORT of process 0; auto = TPU pod, SLURM, Open MPI, Kubernetes say it; "" = what
+      # JAX_COORDINATOR_ADDRESS says, or one process
+      coordinator="",
+      num_processes=0,  # with HOST:PORT; 0 = JAX_NUM_PROCESSES
+      process_id=-1,  # with HOST:PORT; -1 = JAX_PROCESS_ID
+      timeout=60.0,  # seconds without a sign of life after which a process counts as lost
+    )
+  )
   c.sft = ConfigDict(
     dict(
       path="",  # JSON lines {prompt, response} or {messages, response}

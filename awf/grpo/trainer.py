@@ -50,7 +50,15 @@ from awf.qwen.looped import looped_hidden
 from awf.qwen.lora import LoRAConfig, init_lora, scaled
 from awf.qwen.model import Attend, Qwen, head_kernel
 from awf.remat import remat_name
-from awf.sharding import abstract, is_abstract, make_mesh, replicated, tree_shardings
+from awf.sharding import (
+  abstract,
+  fetch,
+  is_abstract,
+  make_mesh,
+  place,
+  replicated,
+  tree_shardings,
+)
 from awf.types import Rollout
 
 _MIN_STEPS = 8  # room for this many passes from the start, so that small batches share a shape
@@ -114,7 +122,7 @@ class GRPOTrainer:
     is_looped: bool | None = None,
   ):
     self.grpo, self.optim, self.lora_config = grpo, optim, lora_config
-    self.mesh = make_mesh(1, devices=jax.devices()[:1]) if mesh is None else mesh
+    self.mesh = make_mesh(1, devices=jax.local_devices()[:1]) if mesh is None else mesh
     self._config, self.num_parameters = model_config, model_config.num_parameters
     platform = self.mesh.devices.flat[0].platform
     self.is_looped = platform == "tpu" if is_looped is None else is_looped
@@ -157,7 +165,7 @@ class GRPOTrainer:
     else:
       # A copy: the state is donated, the caller's arrays are not.
       state = jax.tree.map(jnp.copy, first_state(key))
-      self.state = jax.device_put(state, tree_shardings(state, self.mesh))
+      self.state = place(state, tree_shardings(state, self.mesh))
     self._step = jax.jit(self._train_step, donate_argnums=0)
     self._score = jax.jit(self._score_batch)
     self._row_gradient = jax.jit(partial(gradient_of_rows, grpo))
@@ -204,7 +212,7 @@ class GRPOTrainer:
     if layout.size:
       lora = {} if is_base else self.state.lora
       logp_ZBU = self._score(lora, self._params, self._place(batch))["logp"]
-      logp_n = layout.out_of(batch, np.asarray(logp_ZBU))
+      logp_n = layout.out_of(batch, fetch(logp_ZBU))
     return np.split(logp_n.astype(np.float32), np.cumsum(layout.length_B)[:-1])
 
   def pack(self, rollouts: Sequence[Rollout]) -> Batch[np.ndarray]:
@@ -247,7 +255,7 @@ class GRPOTrainer:
 
   def _place(self, tree: Any) -> Any:
     """Host arrays to the devices: [Z, B, ...] with bins over data and fsdp, the rest whole."""
-    return jax.tree.map(jax.device_put, tree, self._shardings(tree))
+    return place(tree, self._shardings(tree))
 
   def _shardings(self, tree: Any) -> Any:
     rows = NamedSharding(self.mesh, PartitionSpec(None, ("data", "fsdp")))

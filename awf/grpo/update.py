@@ -25,6 +25,7 @@ from awf.grpo.rows import (
   sampling_metrics,
   shaped_rewards,
 )
+from awf.sharding import fetch
 from awf.types import Rollout
 
 if TYPE_CHECKING:
@@ -118,15 +119,15 @@ class Update:
     placed = self.trainer._place(batch)
     if grpo.needs_old_logp:
       now = self.trainer._score(self.trainer.state.lora, self.trainer._params, placed)
-      self.old_logp_n = layout.out_of(batch, np.asarray(now["logp"]))
+      self.old_logp_n = layout.out_of(batch, fetch(now["logp"]))
       if grpo.has_kl_in_reward:
         ref = self.trainer._score({}, self.trainer._params, placed)
         kl_ZBU = kl_estimate(uncut(now), uncut(ref), grpo.kl)
-        self.kl_n = layout.out_of(batch, np.asarray(kl_ZBU))
+        self.kl_n = layout.out_of(batch, fetch(kl_ZBU))
     if grpo.has_critic:
       head = self.trainer.state.extra["critic"]["head"]
       self.value_n = layout.out_of(
-        batch, np.asarray(self.trainer._values(head, self.trainer._params, placed))
+        batch, fetch(self.trainer._values(head, self.trainer._params, placed))
       )
 
   def _data(self, plan: Plan) -> dict[str, Any]:
@@ -179,12 +180,12 @@ class Update:
 
   def _sampling_metrics(self) -> dict[str, float]:
     keep, out_of = self.layout.is_in(self.batch), partial(self.layout.out_of, self.batch)
-    old_logp = out_of(np.asarray(self.data["old_logp"]))[keep]
+    old_logp = out_of(fetch(self.data["old_logp"]))[keep]
     sampler_logp, weight = sampler_logps(self.rollouts, self.layout)[keep], None
     if self.grpo.importance != "none":
       data = self.data
       if "importance" not in data:
         args = (self.placed, data["old_logp"], data["sampler_logp"])
         data["importance"] = self.trainer._importance(*args)
-      weight = out_of(np.asarray(data["importance"]))[keep]
+      weight = out_of(fetch(data["importance"]))[keep]
     return sampling_metrics(old_logp, sampler_logp, weight)

@@ -69,6 +69,7 @@ class MCTSOptimizer:
     seed: of every choice of the search.
     starts: further start workflows; config.start_share of each round's parents are taken from them.
     root: the first workflow; None is AFlow's seed of the question type.
+    agree: called when a round is computed and not yet committed; what it raises gives it up.
 
   Raises:
     UserError: no problems, or a start workflow that fails the static check.
@@ -85,6 +86,7 @@ class MCTSOptimizer:
     seed: int,
     starts: Sequence[WorkflowSource] = (),
     root: WorkflowSource | None = None,
+    agree: Callable[[], Awaitable[None]] | None = None,
   ):
     if not problems:
       raise UserError("config.task: the search needs at least one validation problem, got none")
@@ -97,7 +99,7 @@ class MCTSOptimizer:
     self.seed = seed
     self.workspace = Workspace(workspace, config.dataset, config.operators)
     self._by_id = {p.id: p for p in self.problems}
-    self._proposer = proposer
+    self._proposer, self._agree = proposer, agree
     self._trials = Trials(runner, evaluator)
     self._starts = tuple(starts)
     self._root = root or seed_source(config.question_type)
@@ -235,7 +237,7 @@ class MCTSOptimizer:
       UserError: no prompt of the round fits the policy's context.
       RuntimeError: the seed or a start workflow could not be run at all (infrastructure).
     """
-    self._prepare_workspace()
+    self.open_workspace()
     draft = rounds.Draft(self.tree, self.rounds_done + 1)
     await self._ensure_seed(draft)
     common = self.common_problems(draft.round, draft.tree)
@@ -255,10 +257,13 @@ class MCTSOptimizer:
     problems = rounds.Problems(common, self._full)
     result = rounds.summarise(draft, children, full, problems, self.config, self._stages)
     draft.note(rounds.round_note(draft, common, children, full))
+    if self._agree is not None:
+      await self._agree()
     self._commit(draft, starts_used)
     return result
 
-  def _prepare_workspace(self) -> None:
+  def open_workspace(self) -> None:
+    """Takes over what the workspace holds and makes its files agree; `round` does it by itself."""
     if self._prepared:
       return
     if self.workspace.is_foreign():

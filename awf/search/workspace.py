@@ -47,7 +47,13 @@ def _dump(data: Any) -> str:
 
 
 class Workspace:
-  """The files of one data set's search."""
+  """The files of one data set's search.
+
+  Attributes:
+    is_kept: False where another process writes them: then they are only read.
+  """
+
+  is_kept = True
 
   def __init__(self, root: Path | str, dataset: str, operators: tuple[str, ...]):
     self.path = Path(root) / dataset / "workflows"
@@ -68,6 +74,8 @@ class Workspace:
     Rounds that are newer than the events (an interrupted run had gone on) are removed, missing ones
     are written.
     """
+    if not self.is_kept:
+      return
     for name, text in template_files(self._operators).items():
       write_atomic(self.path / "template" / name, text)
     for id in self.round_ids():
@@ -95,6 +103,8 @@ class Workspace:
       trials: node id -> trials of its evaluation in this round; nodes without one stay as they are.
       stages: stages whose scores enter results.json, that is, whose nodes can be selected.
     """
+    if not self.is_kept:
+      return
     for id in sorted(trials):
       if tree.nodes[id].source.graph:
         self.write_round(tree.nodes[id], trials[id])
@@ -144,6 +154,8 @@ class Workspace:
 
   def write_index(self, tree: Tree, stages: tuple[str, ...]) -> None:
     """results.json (a pass for each selectable round; AFlow's own stay) and the experience."""
+    if not self.is_kept:
+      return
     data, _ = adopt.read_json(self.path / "results.json")
     old = [row for row in data if isinstance(row, dict)] if isinstance(data, list) else []
     stamps = {

@@ -137,6 +137,7 @@ def sampler_requests(config: ConfigDict, vocab_size: int, salt: int) -> list[Req
         temperature=config.sampler.temperature,
         top_p=config.sampler.top_p,
         top_k=config.sampler.top_k,
+        min_p=config.sampler.min_p,
         max_new_tokens=new,
         ignore_eos=True,
       )

@@ -52,6 +52,7 @@ _SAMPLING = {
   "temperature": between(0, 10),
   "top_p": above(0, 1),
   "top_k": at_least(0),
+  "min_p": between(0, 1),
   "max_new_tokens": at_least(1),
 }
 _MESH = Rule(lambda v: v == -1 or v >= 1, "a positive size, or -1 for what is left")
@@ -84,6 +85,7 @@ RULES: dict[str, Rule] = {
   "sampler.context": at_least(16),
   "sampler.prefill_rows": at_least(1),
   "sampler.steps_per_dispatch": at_least(1),
+  "sampler.queue": at_least(1),
   "sampler.prompt_cache_gb": at_least(0),
   "executor.concurrency": at_least(1),
   "task.name": Rule(

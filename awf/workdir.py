@@ -36,6 +36,7 @@ OPERATIONAL = (
   "generate.",
   "lora.paths",
   "plan.",
+  "sampler.queue",
   "sandbox.workers",
   "sandbox.max_children",
   "train.checkpoint_every",

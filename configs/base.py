@@ -59,18 +59,28 @@ def base_config() -> ConfigDict:
       temperature=1.0,
       top_p=1.0,
       top_k=0,
+      min_p=0.0,  # least probability as a share of the likeliest token's; 0 = off
       max_new_tokens=512,  # of a proposal
       rows=32,  # decode rows; strict mode: the one row shape
       context=2048,  # prompt + completion, tokens
       prefill_rows=8,
       steps_per_dispatch=16,
+      queue=8192,  # completions that may wait for a row; who asks for more waits
       prompt_cache_gb=0.0,  # keys and values of prompts; 0 = what all rows need, at most 1.5
-      strict=True,  # one row shape, bit-equal rows whatever their neighbours
+      strict=True,  # one row shape, bit-equal rows; off: a second one for few rows
     )
   )
   # How workflows call the model (adapter off).
   c.executor = ConfigDict(
-    dict(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=256, system="", concurrency=64)
+    dict(
+      temperature=1.0,
+      top_p=1.0,
+      top_k=0,
+      min_p=0.0,
+      max_new_tokens=256,
+      system="",
+      concurrency=64,
+    )
   )
   c.task = ConfigDict(
     dict(

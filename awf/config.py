@@ -46,6 +46,11 @@ def above(low: float, high: float = math.inf) -> Rule:
   return Rule(lambda v: low < v <= high, f"more than {low:g}{limit}")
 
 
+def _is_lengths(text: str) -> bool:
+  match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
+  return text in ("fixed", "mixed") or bool(match and 0 < int(match[1]) <= int(match[2]))
+
+
 _DTYPES = one_of("auto", "float32", "bfloat16")
 _SHARE = between(0, 1)
 _SAMPLING = {
@@ -173,7 +178,7 @@ RULES: dict[str, Rule] = {
   "bench.prompt": at_least(1),
   "bench.new": at_least(1),
   "bench.group": at_least(1),
-  "bench.lengths": one_of("fixed", "mixed"),
+  "bench.lengths": Rule(_is_lengths, "fixed, mixed, or LOW-HIGH such as 32-256"),
   "bench.repeats": at_least(1),
   "plan.target": one_of(*TARGETS),
   "plan.programs": Rule(

@@ -240,7 +240,7 @@ def base_config() -> ConfigDict:
   )
   c.bench = ConfigDict(
     dict(what="sampler", batch=16, prompt=128, new=128, group=1, lengths="fixed", repeats=5)
-  )  # what: sampler, update, workflow
+  )  # what: sampler, update, workflow; lengths: fixed, mixed (1/8 to all of prompt and new), 32-256
   c.plan = ConfigDict(
     dict(
       target="v5e-1",  # v5e-1, v5e-4, v5e-8, v6e-1, v6e-8, v5p-8, h200 (counted), cpu, local

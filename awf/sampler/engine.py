@@ -9,10 +9,9 @@ depends on another row. Fast mode has a second shape for few rows.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import threading
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
 
 import jax
@@ -25,6 +24,7 @@ from awf.sampler.inbox import Inbox
 from awf.sampler.job import Job
 from awf.sampler.request import OnPart, Output, Part, QueueFull, Request
 from awf.sampler.scheduler import Scheduler
+from awf.sampler.stream import PartStream
 from awf.sampler.text import Decode
 
 __all__ = ["Engine", "Output", "Part", "QueueFull", "Request"]
@@ -196,31 +196,16 @@ class Engine:
     """`submit` and its result for asyncio callers; a cancelled caller cancels the request."""
     return await asyncio.wrap_future(self._put(request, on_part).future)
 
-  async def stream(self, request: Request, wait: bool = True) -> AsyncIterator[Part]:
-    """The parts of a request's completions as they come, those of all samples mixed.
-
-    Leaving the loop, or being cancelled, cancels the request.
+  def stream(self, request: Request, wait: bool = True) -> PartStream:
+    """Queues a request whose parts an asyncio caller reads as they come; see `PartStream`.
 
     Raises:
       As `submit`.
     """
-    loop, parts = asyncio.get_running_loop(), asyncio.Queue()
-
-    def hand_on(part: Part | None) -> None:
-      loop.call_soon_threadsafe(parts.put_nowait, part)
-
-    def end(_) -> None:
-      with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody listens
-        hand_on(None)
-
-    future = self._put(request, hand_on, wait).future
-    future.add_done_callback(end)
-    try:
-      while (part := await parts.get()) is not None:
-        yield part
-      future.result()  # raises what ended it
-    finally:
-      future.cancel()
+    parts = PartStream()
+    parts.future = self._put(request, parts.put, wait).future
+    parts.future.add_done_callback(parts.end)
+    return parts
 
   def generate(self, requests: Iterable[Request]) -> list[list[Output]]:
     """Runs requests together and waits for all; results in their order."""
@@ -252,6 +237,11 @@ class Engine:
       "waiting": s.waiting.count + len(self._inbox),
       "traces": self.device.num_traces,
     }
+
+  @property
+  def is_alive(self) -> bool:
+    """Whether the engine's thread is at work; a fault or `close` ends it."""
+    return self._thread.is_alive()
 
   def close(self) -> None:
     """Stops the thread after the running dispatch; unanswered requests fail with RuntimeError."""
@@ -320,7 +310,7 @@ class Engine:
   def _turn(self) -> bool:
     """One dispatch, or a wait for work; False when closed."""
     scheduler = self._scheduler
-    news = self._inbox.fetch(scheduler.waiting.count, scheduler.has_work)
+    news = self._inbox.fetch(scheduler.has_work)
     if news is None:
       return False
     new, gone = news
@@ -329,6 +319,7 @@ class Engine:
     for job in gone:
       self._drop(job)
     work = scheduler.plan()
+    self._inbox.settle(scheduler.waiting.count)
     self._drop_old_adapters()
     if work is None:
       return True
@@ -342,10 +333,11 @@ class Engine:
         scheduler.drop(job)
         job.fail(error)
     for job in done:
-      if job.answer():
+      if not (job.is_ended or job.future.cancelled()):  # counted before the caller can look
         self._counts["completions"] += job.request.n
         self._counts["prompt_tokens"] += len(job.request.prompt_ids)
         self._counts["tokens"] += sum(len(x.token_ids) for x in job.outputs.values())
+      job.answer()
     return True
 
   def _drop(self, job: Job) -> None:

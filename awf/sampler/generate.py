@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -82,8 +83,10 @@ def run_generate(
   completions = tokens = 0
   with _whole_file(output, input) as file:
     began = reported = time.perf_counter()
-    futures = [policy.engine.submit(request) for request in requests]
+    futures: list[Future[list[Output]]] = []
     try:
+      for request in requests:  # waits while the engine's queue is full
+        futures.append(policy.engine.submit(request))
       for index, (request, future) in enumerate(zip(requests, futures, strict=True)):
         for sample, drawn in enumerate(future.result()):
           completion = policy.completion(request, drawn)
@@ -94,7 +97,7 @@ def run_generate(
           log.info("generate: %d of %d lines, %d tokens", index + 1, len(requests), tokens)
     finally:
       for future in futures:
-        future.cancel()  # after an error; a finished one stays as it is
+        future.cancel()  # after an error or Ctrl-C; a finished one stays as it is
     wall_seconds = time.perf_counter() - began
   return {
     "lines": len(requests),

@@ -53,19 +53,22 @@ class Inbox:
       self._ready.notify()
     job.future.add_done_callback(functools.partial(self._on_end, job))
 
-  def fetch(self, waiting: int, has_work: bool) -> tuple[list[Job], list[Job]] | None:
+  def settle(self, waiting: int) -> None:
+    """Tells how many completions still wait in the engine: others may have their places."""
+    with self.lock:
+      self._held = waiting + sum(job.request.n for job in self._new)
+      self._let_in()
+
+  def fetch(self, has_work: bool) -> tuple[list[Job], list[Job]] | None:
     """What changed since the last call; waits for a change when the engine has no work.
 
     Args:
-      waiting: completions in the engine's queue.
       has_work: the engine can go on without news.
 
     Returns:
       (new jobs, jobs that were called off, some of them perhaps new), or None when closed.
     """
     with self.lock:
-      self._held = waiting + sum(job.request.n for job in self._new)
-      self._let_in()
       while not (self.is_closed or has_work or self._new or self._gone):
         self._ready.wait()
       if self.is_closed:

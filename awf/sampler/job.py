@@ -53,12 +53,10 @@ class Job:
     if not self.placed.done():
       self.placed.set_result(None)
 
-  def answer(self) -> bool:
-    """Gives the caller all outputs in order of sample; False when it had gone."""
-    if not self._claim():
-      return False
-    self.future.set_result([self.outputs[i] for i in range(self.request.n)])
-    return True
+  def answer(self) -> None:
+    """Gives the caller all outputs in order of sample, unless it has gone."""
+    if self._claim():
+      self.future.set_result([self.outputs[i] for i in range(self.request.n)])
 
   def fail(self, error: BaseException) -> None:
     """Ends the job with an error, unless it has ended or its caller has gone."""

@@ -37,6 +37,7 @@ OPERATIONAL = (
   "lora.paths",
   "plan.",
   "sampler.queue",
+  "serve.",
   "sandbox.workers",
   "sandbox.max_children",
   "train.checkpoint_every",

@@ -238,6 +238,17 @@ def base_config() -> ConfigDict:
   c.generate = ConfigDict(
     dict(sampling="config")  # config.sampler's, or the checkpoint's generation_config.json
   )
+  c.serve = ConfigDict(
+    dict(
+      host="127.0.0.1",  # 0.0.0.0 for all interfaces
+      port=8000,  # 0 takes a free one
+      model_name="",  # of the base; "" = the last part of model.path; adapters: lora.paths' names
+      api_key="",  # bearer token; "" = that of the environment's AWF_API_KEY; none = open
+      cors=(),  # web origins that browsers may call from; none = no CORS
+      max_body_mb=8.0,
+      shutdown_seconds=30.0,  # for answers that are under way when it is stopped
+    )
+  )
   c.bench = ConfigDict(
     dict(what="sampler", batch=16, prompt=128, new=128, group=1, lengths="fixed", repeats=5)
   )  # what: sampler, update, workflow; lengths: fixed, mixed (1/8 to all of prompt and new), 32-256

@@ -12,12 +12,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from ml_collections import ConfigDict
 
+from awf.sampler.request import Request
 from awf.types import SamplingParams, UserError
+
+if TYPE_CHECKING:
+  from awf.policy import QwenPolicy
+  from awf.serve_app import Service
 
 log = logging.getLogger("awf")
 
@@ -57,61 +62,60 @@ def run_serve(config: ConfigDict, workdir: Any) -> dict[str, Any]:
   import jax
 
   from awf.policy import make_policy
-  from awf.qwen.peft import named_paths
   from awf.runtime_setup import setup_jax
-  from awf.serve_app import Service, make_app
+  from awf.serve_app import make_app
   from awf.sharding import make_mesh
 
   del workdir
   serve = config.serve
-  bound = _bind(serve.host, serve.port)
-  try:
+  with contextlib.ExitStack() as stack:
+    bound = stack.enter_context(_bind(serve.host, serve.port))
     setup_jax()
     mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
     policy = make_policy(config, mesh)
-  except BaseException:
-    bound.close()
-    raise
-  try:
-    own = ["policy"] if config.lora.init_path else []
-    names = [*own, *named_paths(config.lora.paths)]
-    base = serve.model_name or Path(config.model.path).name
-    models = {base: 0, **{name: policy.adapter_index(name) for name in names}}
-    if len(models) != 1 + len(names):
-      raise UserError(f"config.serve.model_name: {base!r} is an adapter's name too; choose another")
-    s = config.sampler
-    defaults = SamplingParams(s.temperature, s.top_p, s.top_k, s.max_new_tokens, min_p=s.min_p)
-    service = Service(policy, models, defaults, int(serve.max_body_mb * 2**20))
+    stack.callback(policy.close)
+    service = _make_service(config, policy)
     token = serve.api_key or os.environ.get(TOKEN_VARIABLE, "")
-    app = make_app(service, token, serve.cors)
-    port = bound.getsockname()[1]
-    shown = f"[{serve.host}]" if ":" in serve.host else serve.host
-    url = f"http://{shown}:{port}/v1"
+    host = f"[{serve.host}]" if ":" in serve.host else serve.host
+    url = f"http://{host}:{bound.getsockname()[1]}/v1"
     if not token and not _is_loopback(serve.host):
       log.warning("anyone who reaches %s may use it: set %s", url, TOKEN_VARIABLE)
-    began = time.perf_counter()
+    policy.engine.generate([Request((0,), max_new_tokens=1)])  # compiles before anyone waits
     server = Server(
       uvicorn.Config(
-        app,
+        make_app(service, token, serve.cors),
         log_config=None,
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=int(serve.shutdown_seconds),
       )
     )
-    log.info("serving %s on %s", ", ".join(models), url)
+    log.info("serving %s on %s", ", ".join(service.models), url)
+    began = time.perf_counter()
     asyncio.run(server.serve([bound]))
     stats = policy.engine.stats()
-  finally:
-    policy.close()
-    bound.close()
-  names = ("requests", "completions", "cancelled", "tokens")
   return {
     "url": url,
     "http_requests": service.counts["http_requests"],
-    **{name: int(stats[name]) for name in names},
+    **{name: int(stats[name]) for name in ("requests", "completions", "cancelled", "tokens")},
     "wall_seconds": time.perf_counter() - began,
   }
+
+
+def _make_service(config: ConfigDict, policy: QwenPolicy) -> Service:
+  """The handlers, with the base and the adapters under the names that clients use."""
+  from awf.qwen.peft import named_paths
+  from awf.serve_app import Service
+
+  own = ["policy"] if config.lora.init_path else []
+  names = [*own, *named_paths(config.lora.paths)]
+  base = config.serve.model_name or Path(config.model.path).name
+  if base in names:
+    raise UserError(f"config.serve.model_name: {base!r} is an adapter's name too; choose another")
+  models = {base: 0, **{name: policy.adapter_index(name) for name in names}}
+  s = config.sampler
+  defaults = SamplingParams(s.temperature, s.top_p, s.top_k, s.max_new_tokens, min_p=s.min_p)
+  return Service(policy, models, defaults, int(config.serve.max_body_mb * 2**20))
 
 
 def _bind(host: str, port: int) -> socket.socket:

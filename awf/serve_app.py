@@ -111,6 +111,9 @@ def _refusal(error: ApiError) -> JSONResponse:
 class Service:
   """The handlers.
 
+  Attributes:
+    counts: requests, errors, clients that left early.
+
   Args:
     policy: what answers.
     models: adapter index by the name that clients use; the first is the base.
@@ -125,7 +128,7 @@ class Service:
     defaults: SamplingParams,
     most_bytes: int,
   ) -> None:
-    self._policy, self._models, self._defaults = policy, dict(models), defaults
+    self._policy, self.models, self._defaults = policy, dict(models), defaults
     self._most_bytes, self._started = most_bytes, int(time.time())
     self.counts = dict.fromkeys(("http_requests", "http_errors", "clients_gone"), 0)
 
@@ -140,12 +143,12 @@ class Service:
   async def list_models(self, request: HttpRequest) -> Response:
     """GET /v1/models."""
     del request
-    return JSONResponse({"object": "list", "data": [self._model(name) for name in self._models]})
+    return JSONResponse({"object": "list", "data": [self._model(name) for name in self.models]})
 
   async def one_model(self, request: HttpRequest) -> Response:
     """GET /v1/models/NAME."""
     name = request.path_params["name"]
-    if name not in self._models:
+    if name not in self.models:
       message = f"The model {name!r} does not exist"
       raise ApiError(404, message, "model", "model_not_found")
     return JSONResponse(self._model(name))
@@ -172,7 +175,7 @@ class Service:
   async def _complete(self, request: HttpRequest, is_chat: bool) -> Response:
     self.counts["http_requests"] += 1
     body = await self._body(request)
-    call = parse_call(body, is_chat, self._policy, self._models, self._defaults)
+    call = parse_call(body, is_chat, self._policy, self.models, self._defaults)
     answer = Answer(call, self._policy)
     try:
       if call.stream:

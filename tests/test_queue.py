@@ -206,6 +206,26 @@ def test_close_in_mid_decode_with_some_called_off():
       assert isinstance(future.exception(timeout=5), RuntimeError)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_device_fails_all_that_is_open_and_ends_the_engine():
+  engine = Engine(TINY, PARAMS, **SIZES, queue=2)
+
+  def fault(lora, work):
+    raise MemoryError("no memory left")
+
+  engine.device.run = fault
+  with engine._inbox.lock:
+    futures = [engine._put(SHORT).future for _ in range(5)]
+  for future in futures:
+    with pytest.raises(RuntimeError, match="engine stopped: MemoryError.*no memory left"):
+      future.result(timeout=WAIT)
+  engine.close()
+  assert not engine.is_alive
+  with pytest.raises(RuntimeError, match="closed") as caught:
+    engine.submit(SHORT)
+  assert isinstance(caught.value.__cause__, MemoryError)
+
+
 # --- the queue
 
 

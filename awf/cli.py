@@ -48,6 +48,7 @@ MODES: dict[str, Mode] = {
   "generate": Mode(
     "awf.generate:run_generate", "JSON lines in, completions out", needs=("input", "output")
   ),
+  "serve": Mode("awf.serve:run_serve", "OpenAI-compatible HTTP server, adapters as model names"),
   "export": Mode("awf.export:run_export", "the adapter as PEFT files, or merged for Hugging Face"),
   "bench": Mode("awf.bench:run_bench", "throughput of sampler, update or workflows"),
   "plan": Mode("awf.plan:run_plan", "does it fit? memory, FLOPs, bytes and speed before you pay"),

@@ -70,12 +70,18 @@ def above(low: float, high: float = math.inf) -> Rule:
   return Rule(lambda v: low < v <= high, f"more than {low:g}{limit}")
 
 
+def _is_lengths(text: str) -> bool:
+  match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
+  return text in ("fixed", "mixed") or bool(match and 0 < int(match[1]) <= int(match[2]))
+
+
 _DTYPES = one_of("auto", "float32", "bfloat16")
 _SHARE = between(0, 1)
 _SAMPLING = {
   "temperature": between(0, 10),
   "top_p": above(0, 1),
   "top_k": at_least(0),
+  "min_p": between(0, 1),
   "max_new_tokens": at_least(1),
 }
 _MESH = Rule(lambda v: v == -1 or v >= 1, "a positive size, or -1 for what is left")
@@ -118,6 +124,7 @@ RULES: dict[str, Rule] = {
   "sampler.context": at_least(16),
   "sampler.prefill_rows": at_least(1),
   "sampler.steps_per_dispatch": at_least(1),
+  "sampler.queue": at_least(1),
   "sampler.prompt_cache_gb": at_least(0),
   "executor.concurrency": at_least(1),
   "task.name": Rule(
@@ -236,12 +243,15 @@ RULES: dict[str, Rule] = {
   "export.dtype": one_of("auto", "float32", "bfloat16", "float16"),
   "export.shard_bytes": at_least(1),
   "generate.sampling": one_of("config", "checkpoint"),
+  "serve.port": between(0, 65535),
+  "serve.max_body_mb": above(0),
+  "serve.shutdown_seconds": at_least(0),
   "bench.what": one_of("sampler", "update", "workflow"),
   "bench.batch": at_least(1),
   "bench.prompt": at_least(1),
   "bench.new": at_least(1),
   "bench.group": at_least(1),
-  "bench.lengths": one_of("fixed", "mixed"),
+  "bench.lengths": Rule(_is_lengths, "fixed, mixed, or LOW-HIGH such as 32-256"),
   "bench.repeats": at_least(1),
   "plan.target": one_of(*TARGETS),
   "plan.programs": some_of("sampler", "update", "logprobs"),

@@ -176,6 +176,7 @@ class System:
       temperature=config.sampler.temperature,
       top_p=config.sampler.top_p,
       top_k=config.sampler.top_k,
+      min_p=config.sampler.min_p,
     )
 
   def serve(self, lora: Any) -> None:
@@ -221,12 +222,12 @@ class System:
   @property
   def executor_sampling(self) -> SamplingParams:
     e = self.config.executor
-    return SamplingParams(e.temperature, e.top_p, e.top_k, e.max_new_tokens)
+    return SamplingParams(e.temperature, e.top_p, e.top_k, e.max_new_tokens, min_p=e.min_p)
 
   @property
   def policy_sampling(self) -> SamplingParams:
     s = self.config.sampler
-    return SamplingParams(s.temperature, s.top_p, s.top_k, s.max_new_tokens)
+    return SamplingParams(s.temperature, s.top_p, s.top_k, s.max_new_tokens, min_p=s.min_p)
 
   async def propose(self, messages, n: int, key: int):
     """n completions of the policy for one prompt."""

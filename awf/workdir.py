@@ -39,6 +39,8 @@ OPERATIONAL = (
   "generate.",
   "lora.paths",
   "plan.",
+  "sampler.queue",
+  "serve.",
   "sandbox.workers",
   "sandbox.max_children",
   "train.checkpoint_every",

@@ -62,13 +62,15 @@ def base_config() -> ConfigDict:
       temperature=1.0,  # of proposals; 0 = always the likeliest token
       top_p=1.0,  # smallest set of tokens with this probability; 1 = all
       top_k=0,  # the k likeliest tokens; 0 = all
+      min_p=0.0,  # least probability as a share of the likeliest token's; 0 = off
       max_new_tokens=512,  # of a proposal
       rows=32,  # decode rows; strict mode: the one row shape
       context=2048,  # prompt + completion, tokens
       prefill_rows=8,  # prompts that one prefill takes
       steps_per_dispatch=16,  # decode steps between looks at what has arrived
+      queue=8192,  # completions that may wait for a row; who asks for more waits
       prompt_cache_gb=0.0,  # keys and values of prompts; 0 = what all rows need, at most 1.5
-      strict=True,  # one row shape, bit-equal rows whatever their neighbours
+      strict=True,  # one row shape, bit-equal rows; off: a second one for few rows
     )
   )
   # How workflows call the model (adapter off).
@@ -77,6 +79,7 @@ def base_config() -> ConfigDict:
       temperature=1.0,  # as in sampler
       top_p=1.0,  # as in sampler
       top_k=0,  # as in sampler
+      min_p=0.0,  # as in sampler
       max_new_tokens=256,  # of an answer
       system="",  # system message of every call; "" = none
       concurrency=64,  # problems that a workflow works on at a time
@@ -284,6 +287,17 @@ def base_config() -> ConfigDict:
       sampling="config",  # config.sampler's, or the checkpoint's generation_config.json
     )
   )
+  c.serve = ConfigDict(
+    dict(
+      host="127.0.0.1",  # 0.0.0.0 for all interfaces
+      port=8000,  # 0 takes a free one
+      model_name="",  # of the base; "" = the last part of model.path; adapters: lora.paths' names
+      api_key="",  # bearer token; "" = that of the environment's AWF_API_KEY; none = open
+      cors=(),  # web origins that browsers may call from; none = no CORS
+      max_body_mb=8.0,  # of a request
+      shutdown_seconds=30.0,  # for answers that are under way when it is stopped
+    )
+  )
   c.bench = ConfigDict(
     dict(
       what="sampler",  # the part that is measured
@@ -291,7 +305,7 @@ def base_config() -> ConfigDict:
       prompt=128,  # tokens of a prompt
       new=128,  # tokens of a completion
       group=1,  # completions of one prompt
-      lengths="fixed",  # fixed, or mixed up to the given ones
+      lengths="fixed",  # fixed, mixed (1/8 to all of prompt and new), or A-B: tokens, as 32-256
       repeats=5,  # measurements, after a first one that compiles
     )
   )

@@ -97,8 +97,8 @@ class GRPOTrainer:
     optim: the optimiser.
     mesh: rows go over its data and fsdp axes; None is one device.
     key: typed PRNG key.
-    temperature, top_p, top_k: the sampler's. The policy that is trained is the distribution that
-      tokens were drawn from: tempered, cut and renormalised.
+    temperature, top_p, top_k, min_p: the sampler's. The policy that is trained is the distribution
+      that tokens were drawn from: tempered, cut and renormalised.
     is_looped: one loop over the layers (awf.qwen.looped) instead of a program with all of them;
       None: on a TPU.
 
@@ -119,6 +119,7 @@ class GRPOTrainer:
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     is_looped: bool | None = None,
   ):
     self.grpo, self.optim, self.lora_config = grpo, optim, lora_config
@@ -134,7 +135,7 @@ class GRPOTrainer:
     self._num_steps = _MIN_STEPS  # likewise; padded steps cost a few integers
     self._optimizer = make_optimizer(optim)
     # A sampler at temperature 0 records log-probs of the plain softmax.
-    self.sampling = Sampling(temperature, top_p, top_k) if temperature > 0 else Sampling()
+    self.sampling = Sampling(temperature, top_p, top_k, min_p) if temperature > 0 else Sampling()
     keeps_support = self.sampling.is_truncated and grpo.steps_per_batch > 1
     self._support_bytes = -(-model_config.vocab_size // 8) if keeps_support else 0
     self._token_loss = partial(

@@ -328,7 +328,7 @@ def _load(config: ConfigDict) -> tuple[QwenConfig, Any, Mesh]:
   """Architecture, parameters and mesh; no tokenizer is needed."""
   import jax
 
-  from awf.policy import dtype_name
+  from awf.policy import dtype_name, load_base
   from awf.qwen import hf
   from awf.qwen.quant import QuantConfig
   from awf.runtime_setup import setup_jax
@@ -340,7 +340,7 @@ def _load(config: ConfigDict) -> tuple[QwenConfig, Any, Mesh]:
   model_config = hf.load_config(path, dtype_name(config.model.compute_dtype, "compute_dtype"))
   dtype = dtype_name(config.model.dtype, "dtype")
   quant = QuantConfig.from_config(config.model)
-  params = hf.load_params(path, model_config, dtype, _placement(mesh), quant)
+  params = load_base(path, model_config, dtype, _placement(mesh), quant)
   return model_config, jax.block_until_ready(params), mesh
 
 

@@ -41,6 +41,14 @@ BASE, ADAPTER = 0, 1  # adapter indices of the engine
 _CHUNK = 128  # positions whose logits exist at a time while scoring
 
 
+def load_base(
+  path: str, config: QwenConfig, dtype: str, mesh: Mesh | None, quant: QuantConfig
+) -> dict[str, Any]:
+  """Base weights in the layout that multiplies fastest where they go; else as `hf.load_params`."""
+  is_turned = mesh is None and quant.method == "none" and jax.default_backend() == "cpu"
+  return hf.load_params(path, config, dtype, mesh, quant, is_turned)
+
+
 class QwenPolicy:
   """A base model with its own adapter, and others by name; implements `awf.types.LLM`.
 
@@ -88,7 +96,7 @@ class QwenPolicy:
     tokenizer = load_tokenizer(config.model.tokenizer or path)
     _check_sizes(config, model_config, tokenizer)
     dtype = dtype_name(config.model.dtype, "dtype")
-    params = hf.load_params(path, model_config, dtype, mesh, quant)
+    params = load_base(path, model_config, dtype, mesh, quant)
     lora_config = LoRAConfig.from_config(config.lora)
     base = hf.fingerprint(path)
     others = {

@@ -16,10 +16,10 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from awf import cli, terminal
+from awf import cli, hosts, terminal
 from awf.backup import BackupManager, check_target
 from awf.config_io import resolve_paths
 from awf.faults import explain
@@ -53,21 +53,25 @@ def main(argv: Sequence[str]) -> int:
     if listing is not None:
       print(listing)
       return 0
-    command = cli.parse(argv)
+    with _held_signals():
+      command = cli.parse(argv)
     with (
       contextlib.redirect_stdout(sys.stderr),  # stdout is for the JSON line alone
       terminal.show(handler, command.quiet),
     ):
       result = _run(command, argv)
-    print(cli.json_line(result), flush=True)
-    return 0
+    if hosts.is_writer():
+      print(cli.json_line(result), flush=True)
+    return hosts.leave(0)
   except UserError as e:
-    print("error: " + " ".join(str(e).split()), file=sys.stderr)
-    return 2
-  except _Fault:
-    return 1
+    text = " ".join(str(e).split())
+    print("error: " + text, file=sys.stderr)
+    return hosts.leave(2, text)
+  except _Fault as e:
+    return hosts.leave(1, f"a fault of the program: {e}")
   except (Interrupted, KeyboardInterrupt) as e:
-    return _end_interrupted(e, command, argv)
+    code = _end_interrupted(e, command, argv)
+    return hosts.leave(code, "" if isinstance(e, Interrupted) else "it was interrupted")
 
 
 def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
@@ -76,6 +80,16 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
   config = resolve_paths(command.config)
   config.lock()
   check_files(config, command.mode, command.input, command.output)
+  is_shared = hosts.settings(command.config) is not None
+  if is_shared and not mode.spans_hosts:
+    raise UserError(
+      f"config.distributed: --mode={command.mode} runs in one process; start it once, without "
+      "config.distributed.coordinator and JAX_COORDINATOR_ADDRESS"
+    )
+  if is_shared and command.config.backup.restore:
+    raise UserError(
+      "config.backup.restore: one process restores; start it once without config.distributed"
+    )
   with contextlib.ExitStack() as stack:
     workdir = stack.enter_context(Workdir(command.workdir))
     module, name = mode.function.split(":")
@@ -83,8 +97,7 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
     if mode.owns_workdir:
       check_target(command.config, workdir)
       restore(command.config, workdir, command.mode)
-      resumed = workdir.open(command.config, command.mode, _command_line(argv))
-      log.info("%s %s in %s", "resuming" if resumed else "starting", command.mode, workdir)
+      workdir.open(command.config, command.mode, _command_line(argv), is_shared)
     try:
       if mode.owns_workdir:
         stack.enter_context(BackupManager(command.config, workdir))
@@ -96,13 +109,16 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
     except Interrupted:
       raise
     except Exception as e:
+      lost = hosts.why_over()
+      if lost:  # the error is what the loss of another process looks like from here
+        raise UserError(lost) from e
       reason = explain(e, config, _plan_command(argv))
       if reason is not None:
         log.error("%s: %s", type(e).__name__, " ".join(str(e).split())[:400])
         workdir.discard()
         raise UserError(reason) from e
       log.exception("%s failed", command.mode)  # run.log keeps the traceback
-      raise _Fault from None
+      raise _Fault(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}") from None
     result.setdefault("mode", command.mode)
     if mode.owns_workdir:
       result.setdefault("workdir", str(workdir))
@@ -137,6 +153,16 @@ def catch_signals() -> None:
   signal.signal(signal.SIGTERM, _on_sigterm)
 
 
+@contextlib.contextmanager
+def _held_signals() -> Iterator[None]:
+  """SIGTERM and Ctrl-C wait until it is left: how they end a run depends on its mode."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _on_sigterm(signum: int, frame: object) -> None:
   del signum, frame
   raise _Terminated
@@ -164,6 +190,8 @@ def _end_interrupted(
   if command is None or not cli.MODES[command.mode].owns_workdir:
     print("interrupted", file=sys.stderr, flush=True)
     return 143 if is_term else 130
+  if not hosts.is_writer():
+    return 0 if is_term else 130
   print(
     f"interrupted; {command.workdir} keeps what was done, resume with: {_command_line(argv)}",
     file=sys.stderr,

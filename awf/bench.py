@@ -6,12 +6,13 @@ are medians over `bench.repeats`. JAX is imported inside the functions: the sand
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
@@ -57,49 +58,68 @@ def run_bench(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     versions=versions(),
     commit=commit(),
   )
-  stats = jax.devices()[0].memory_stats() or {}
-  if "peak_bytes_in_use" in stats:
-    result["peak_memory_gb"] = round(stats["peak_bytes_in_use"] / 1e9, 3)
+  result["peak_memory_gb"] = round(_peak_bytes(jax.devices()[0]) / 1e9, 3)
   return result
 
 
+def _peak_bytes(device: Any) -> int:
+  """Most memory that the device held so far; on a CPU the whole process."""
+  import resource
+  import sys
+
+  stats = device.memory_stats() or {}
+  if "peak_bytes_in_use" in stats:
+    return stats["peak_bytes_in_use"]
+  unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+  return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def bench_sampler(config: ConfigDict) -> dict[str, Any]:
-  """Generated tokens per second; the time covers prefill and decode of all rows."""
+  """Generated tokens per second; the time covers prefill and decode of all rows.
+
+  A further, untimed call runs prefill and decode of each dispatch apart, for `prefill` and
+  `decode`: their seconds, what they did, and what they reached of the chips' peaks where those are
+  known (products with the weights alone, attention left out).
+  """
   model_config, params, mesh = _load(config)
-  from awf.qwen.quant import num_bytes
   from awf.sampler.engine import Engine
 
   bench, sampler = config.bench, config.sampler
-  context = -(-(bench.prompt + bench.new) // _BLOCK) * _BLOCK
+  (_, prompt), (_, new) = length_ranges(config)
+  context = -(-(prompt + new) // _BLOCK) * _BLOCK
   rows = bench.batch if bench.lengths == "fixed" else min(bench.batch, sampler.rows)
-  engine = Engine(
-    model_config,
-    params,
-    rows=rows,
-    context=context,
-    prefill_rows=min(sampler.prefill_rows, bench.batch // bench.group),
-    steps_per_dispatch=sampler.steps_per_dispatch,
-    max_new_tokens=bench.new,
-    prompt_bytes=int(sampler.prompt_cache_gb * 2**30),
-    strict=sampler.strict,
-    mesh=_placement(mesh),
-  )
   drawn: list[int] = []
+  with _compile_seconds() as compiling:
+    engine = Engine(
+      model_config,
+      params,
+      rows=rows,
+      context=context,
+      prefill_rows=min(sampler.prefill_rows, bench.batch // bench.group),
+      steps_per_dispatch=sampler.steps_per_dispatch,
+      max_new_tokens=new,
+      prompt_bytes=int(sampler.prompt_cache_gb * 2**30),
+      strict=sampler.strict,
+      queue=max(sampler.queue, bench.batch),
+      mesh=_placement(mesh),
+    )
 
-  def call(salt: int) -> None:
-    requests = sampler_requests(config, model_config.vocab_size, salt)
-    outputs = engine.generate(requests)
-    drawn.append(sum(len(o.token_ids) for group in outputs for o in group))
+    def call(salt: int) -> None:
+      requests = sampler_requests(config, model_config.vocab_size, salt)
+      outputs = engine.generate(requests)
+      drawn.append(sum(len(o.token_ids) for group in outputs for o in group))
 
-  try:
-    first, seconds = _time(call, bench.repeats)
-  finally:
-    engine.close()
-  speeds = [tokens / s for tokens, s in zip(drawn[1:], seconds, strict=True)]
-  speed = statistics.median(speeds)
-  weights = num_bytes(params)
+    try:
+      first, seconds = _time(call, bench.repeats)
+      before = engine.stats()
+      engine.device.is_split = True
+      call(bench.repeats + 1)
+      after = engine.stats()
+    finally:
+      engine.close()
+  speeds = [tokens / s for tokens, s in zip(drawn[1:], seconds, strict=False)]
   return {
-    "tokens_per_second": round(speed, 1),
+    "tokens_per_second": round(statistics.median(speeds), 1),
     **_sizes(config),
     "quant": config.model.quant,
     "rows": rows,
@@ -107,27 +127,78 @@ def bench_sampler(config: ConfigDict) -> dict[str, Any]:
     "strict": sampler.strict,
     "seconds": seconds,
     "first_call_seconds": first,
+    "compile_seconds": round(sum(compiling), 2),
     **_model_facts(model_config, params),
-    **_utilisation(2 * model_config.num_parameters * speed, weights * speed / rows),
+    **_sampler_parts(model_config, params, {k: after[k] - before[k] for k in after}),
   }
+
+
+def _sampler_parts(model_config: QwenConfig, params: Any, gain: dict[str, float]) -> dict[str, Any]:
+  """Occupancy, and prefill and decode apart, from what the engine's counters gained."""
+  from awf.qwen.quant import num_bytes
+
+  weights = num_bytes(params)
+  out: dict[str, Any] = {"occupancy": round(gain["row_steps"] / gain["row_slots"], 4)}
+  for name, tokens, passes in (
+    ("prefill", gain["prefill_tokens"], 0.0),
+    ("decode", gain["row_steps"], gain["steps"]),
+  ):
+    seconds = max(gain[f"{name}_seconds"], 1e-9)
+    flops, moved = 2 * model_config.num_parameters * tokens / seconds, weights * passes / seconds
+    out[name] = {
+      "seconds": round(seconds, 4),
+      "tokens": int(tokens),
+      "tokens_per_second": round(tokens / seconds, 1),
+      "gflops_per_second": round(flops / 1e9, 2),
+      **({"steps": int(passes), "gb_per_second": round(moved / 1e9, 2)} if passes else {}),
+      **_utilisation(flops, moved),
+    }
+  return out
+
+
+@contextlib.contextmanager
+def _compile_seconds() -> Iterator[list[float]]:
+  """Collects the seconds that JAX lowers and compiles, or loads from its cache."""
+  import jax.monitoring
+
+  seconds: list[float] = []
+
+  def listen(event: str, duration_secs: float, **_: str | int) -> None:
+    if event.endswith(("/jaxpr_to_mlir_module_duration", "/backend_compile_duration")):
+      seconds.append(duration_secs)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield seconds
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def length_ranges(config: ConfigDict) -> tuple[tuple[int, int], tuple[int, int]]:
+  """((least, most) prompt tokens, (least, most) new tokens) that `bench.lengths` asks for."""
+  bench = config.bench
+  if bench.lengths == "fixed":
+    return (bench.prompt, bench.prompt), (bench.new, bench.new)
+  if bench.lengths == "mixed":
+    return (max(1, bench.prompt // 8), bench.prompt), (max(1, bench.new // 8), bench.new)
+  low, high = map(int, bench.lengths.split("-"))
+  return (low, high), (low, high)
 
 
 def sampler_requests(config: ConfigDict, vocab_size: int, salt: int) -> list[Request]:
   """Requests of one repeat: prompts differ from their first token on, and between repeats.
 
   With `bench.lengths` "mixed", prompts and completions have lengths uniform in [1/8, 1] of
-  `bench.prompt` and `bench.new`, the same in every repeat.
+  `bench.prompt` and `bench.new`; with "LOW-HIGH", uniform in that. The same in every repeat.
   """
   from awf.sampler.request import Request
 
   bench, requests = config.bench, []
   low = min(100, vocab_size // 4)
   draw = random.Random(config.seed)
+  prompts, news = length_ranges(config)
   for i in range(bench.batch // bench.group):
-    prompt, new = bench.prompt, bench.new
-    if bench.lengths == "mixed":
-      prompt = draw.randint(max(1, prompt // 8), prompt)
-      new = draw.randint(max(1, new // 8), new)
+    prompt, new = draw.randint(*prompts), draw.randint(*news)
     ids = (low + (salt * 7919 + i * 104729 + j * 31) % (vocab_size - low) for j in range(prompt))
     requests.append(
       Request(
@@ -137,6 +208,7 @@ def sampler_requests(config: ConfigDict, vocab_size: int, salt: int) -> list[Req
         temperature=config.sampler.temperature,
         top_p=config.sampler.top_p,
         top_k=config.sampler.top_k,
+        min_p=config.sampler.min_p,
         max_new_tokens=new,
         ignore_eos=True,
       )
@@ -256,7 +328,7 @@ def _load(config: ConfigDict) -> tuple[QwenConfig, Any, Mesh]:
   """Architecture, parameters and mesh; no tokenizer is needed."""
   import jax
 
-  from awf.policy import dtype_name
+  from awf.policy import dtype_name, load_base
   from awf.qwen import hf
   from awf.qwen.quant import QuantConfig
   from awf.runtime_setup import setup_jax
@@ -268,7 +340,7 @@ def _load(config: ConfigDict) -> tuple[QwenConfig, Any, Mesh]:
   model_config = hf.load_config(path, dtype_name(config.model.compute_dtype, "compute_dtype"))
   dtype = dtype_name(config.model.dtype, "dtype")
   quant = QuantConfig.from_config(config.model)
-  params = hf.load_params(path, model_config, dtype, _placement(mesh), quant)
+  params = load_base(path, model_config, dtype, _placement(mesh), quant)
   return model_config, jax.block_until_ready(params), mesh
 
 

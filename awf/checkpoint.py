@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from awf.faults import disk_fault
 from awf.types import UserError
@@ -43,7 +44,7 @@ _BROKEN = (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError)
 _PIECE = 1 << 30  # bytes of a probe; some file systems know no larger files than 4 GiB
 
 log = logging.getLogger("awf")
-_asyncio_log = logging.getLogger("asyncio")
+_ECHOING = (logging.getLogger("asyncio"), logging.getLogger("absl"))  # of failed writes
 
 
 class BrokenCheckpointError(ValueError):
@@ -102,9 +103,11 @@ class Checkpointer:
     if is_writer:
       self._sweep()
       self._set_aside(step)
+    _meet(f"save {step}")
     self._manager.reload()
     items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
-    _asyncio_log.addFilter(_is_no_echo)
+    for logger in _ECHOING:
+      logger.addFilter(_is_no_echo)
     try:
       if is_writer:
         _reserve(self.directory, sum(x.nbytes for x in arrays.values()))
@@ -122,9 +125,11 @@ class Checkpointer:
         f"checkpoint {step} could not be written in {self.directory}: {reason}; earlier ones are "
         f"intact ({self.steps()}): make room, then run the same command to go on"
       ) from error
-    _asyncio_log.removeFilter(_is_no_echo)  # after a failure it stays: the echoes come late
+    for logger in _ECHOING:  # after a failure it stays: the echoes come late
+      logger.removeFilter(_is_no_echo)
     if is_writer:
       self._retain(step)
+    _meet(f"saved {step}")
 
   def restore(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
     """Reads the newest sound checkpoint; a damaged one is logged and the one before it is tried.
@@ -282,6 +287,12 @@ class Checkpointer:
       )
 
 
+def _meet(name: str) -> None:
+  """Waits for the other processes, if there are any: one of them tidies up, all of them write."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f"awf {name}")
+
+
 def _reserve(folder: Path, size: int) -> None:
   """Raises OSError when the disk does not take `size` bytes more; orbax says so array by array.
 
@@ -302,8 +313,10 @@ def _reserve(folder: Path, size: int) -> None:
 
 
 def _is_no_echo(record: logging.LogRecord) -> bool:
-  """False for what asyncio says of a failed write: once for each array, beside what is raised."""
-  return "exception was never retrieved" not in record.getMessage()
+  """False for what asyncio and orbax say of a failed write, array by array; it is raised too."""
+  error = record.exc_info[1] if record.exc_info else None
+  is_disk = isinstance(error, Exception) and disk_fault(error) is not None
+  return not is_disk and "exception was never retrieved" not in record.getMessage()
 
 
 def _seal(folder: Path) -> None:

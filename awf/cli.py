@@ -27,20 +27,28 @@ class Mode:
   does: str
   owns_workdir: bool = False  # locks DIR, writes config.json and run.log
   needs: tuple[str, ...] = ()  # flags without which it cannot run
+  spans_hosts: bool = False  # may run as several processes (config.distributed)
 
 
 MODES: dict[str, Mode] = {
   "train": Mode(
-    "awf.train:run_train", "search, collect, GRPO, checkpoint; resumes by itself", True
+    "awf.train:run_train",
+    "search, collect, GRPO, checkpoint; resumes by itself",
+    True,
+    spans_hosts=True,
   ),
-  "search": Mode("awf.train:run_search", "search with a frozen policy", True),
+  "search": Mode("awf.train:run_search", "search with a frozen policy", True, spans_hosts=True),
   "eval": Mode(
-    "awf.evaluate:run_eval", "score the test split: best, seed, plain call, self-consistency", True
+    "awf.evaluate:run_eval",
+    "score the test split: best, seed, plain call, self-consistency",
+    True,
+    spans_hosts=True,
   ),
   "sft": Mode("awf.sft:run_sft", "supervised cold start on {prompt, response} lines", True),
   "generate": Mode(
     "awf.generate:run_generate", "JSON lines in, completions out", needs=("input", "output")
   ),
+  "serve": Mode("awf.serve:run_serve", "OpenAI-compatible HTTP server, adapters as model names"),
   "export": Mode("awf.export:run_export", "the adapter as PEFT files, or merged for Hugging Face"),
   "bench": Mode("awf.bench:run_bench", "throughput of sampler, update or workflows"),
   "plan": Mode("awf.plan:run_plan", "does it fit? memory, FLOPs, bytes and speed before you pay"),

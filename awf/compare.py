@@ -17,7 +17,7 @@ from awf.search.tree import NO_NODE, SEED, Node
 from awf.system import System
 from awf.tasks.stats import paired_bootstrap
 from awf.types import Failure, UserError, WorkflowSource, stable_hash
-from awf.workflow.contract import OPERATORS_BY_TYPE
+from awf.workflow.contract import allowed_operators, operators_of
 from awf.workflow.static import canonical, static_check
 
 COLLAPSE_SAMPLES = 64  # proposals for the seed workflow whose different programs are counted
@@ -101,12 +101,18 @@ def check(system: System, parent: WorkflowSource, text: str) -> WorkflowSource |
   edit = parse_reply(text)
   if isinstance(edit, Failure):
     return edit
-  failure = static_check(edit.source, OPERATORS_BY_TYPE[system.task.question_type])
+  allowed = allowed_operators(offered_operators(system), parent.graph)
+  failure = static_check(edit.source, allowed, system.task.question_type == "code")
   if failure is not None:
     return failure
   if canonical(edit.source) == canonical(parent):
     return Failure("format", "a copy of its parent")
   return edit.source
+
+
+def offered_operators(system: System) -> tuple[str, ...]:
+  """The operators that the policy is told of."""
+  return tuple(system.config.search.operators) or operators_of(system.task.question_type)
 
 
 async def mean_score(system: System, source: WorkflowSource) -> float:
@@ -135,7 +141,12 @@ async def _replies(system, parent, score, count, slot) -> list[str]:
   """Replies of the policy to the prompt for a parent without any past."""
   node = Node(SEED, NO_NODE, parent, canonical(parent), "", "full", scores={"held out": score})
   messages = proposal_messages(
-    node, (), "", style=system.config.search.prompt, question_type=system.task.question_type
+    node,
+    (),
+    "",
+    style=system.config.search.prompt,
+    question_type=system.task.question_type,
+    operators=offered_operators(system),
   )
   key = stable_hash(system.config.seed, "compare", slot)
   return [c.text for c in await system.propose(messages, count, key)]

@@ -70,12 +70,18 @@ def above(low: float, high: float = math.inf) -> Rule:
   return Rule(lambda v: low < v <= high, f"more than {low:g}{limit}")
 
 
+def _is_lengths(text: str) -> bool:
+  match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
+  return text in ("fixed", "mixed") or bool(match and 0 < int(match[1]) <= int(match[2]))
+
+
 _DTYPES = one_of("auto", "float32", "bfloat16")
 _SHARE = between(0, 1)
 _SAMPLING = {
   "temperature": between(0, 10),
   "top_p": above(0, 1),
   "top_k": at_least(0),
+  "min_p": between(0, 1),
   "max_new_tokens": at_least(1),
 }
 _MESH = Rule(lambda v: v == -1 or v >= 1, "a positive size, or -1 for what is left")
@@ -118,6 +124,7 @@ RULES: dict[str, Rule] = {
   "sampler.context": at_least(16),
   "sampler.prefill_rows": at_least(1),
   "sampler.steps_per_dispatch": at_least(1),
+  "sampler.queue": at_least(1),
   "sampler.prompt_cache_gb": at_least(0),
   "executor.concurrency": at_least(1),
   "task.name": Rule(
@@ -134,20 +141,31 @@ RULES: dict[str, Rule] = {
   "sandbox.output_bytes": between(1000, 32 << 20),
   "sandbox.max_calls": between(1, 1_000_000),
   "search.scope": one_of("dataset"),
-  "search.selection": one_of("aflow", "uct"),
+  "search.selection": one_of("aflow", "uct", "puct"),
   "search.rounds": at_least(0),
   "search.parents": at_least(1),
   "search.sample": at_least(1),
   "search.mix_lambda": _SHARE,
   "search.mix_alpha": at_least(0),
   "search.uct_c": at_least(0),
+  "search.converge_rounds": at_least(0),
+  "search.converge_z": at_least(0),
+  "search.max_calls": at_least(0),
+  "search.max_tokens": at_least(0),
   "search.prompt": one_of("full", "compact"),
+  "search.operators": Rule(
+    lambda v: all(name.isidentifier() for name in v) and len(set(v)) == len(v),
+    "names of operators, each once",
+  ),
+  "search.repairs": between(0, 3),
   "search.logs": at_least(0),
   "search.experience": at_least(0),
   "search.smoke_problems": at_least(1),
   "search.subset_problems": at_least(1),
   "search.full_problems": at_least(0),
   "search.full_top": at_least(0),
+  "search.curriculum": one_of("none", "easy_first", "hard_first"),
+  "search.curriculum_share": _SHARE,
   "search.start_share": _SHARE,
   "search.driver": one_of("awf"),
   **{f"reward.{stage}": between(-10, 10) for stage in REWARDS},
@@ -212,6 +230,9 @@ RULES: dict[str, Rule] = {
   "mesh.data": _MESH,
   "mesh.fsdp": _MESH,
   "mesh.tensor": _MESH,
+  "distributed.num_processes": at_least(0),
+  "distributed.process_id": at_least(-1),
+  "distributed.timeout": at_least(5),
   "sft.weights": one_of("lora", "all"),
   "sft.steps": at_least(1),
   "sft.batch": at_least(1),
@@ -222,12 +243,15 @@ RULES: dict[str, Rule] = {
   "export.dtype": one_of("auto", "float32", "bfloat16", "float16"),
   "export.shard_bytes": at_least(1),
   "generate.sampling": one_of("config", "checkpoint"),
+  "serve.port": between(0, 65535),
+  "serve.max_body_mb": above(0),
+  "serve.shutdown_seconds": at_least(0),
   "bench.what": one_of("sampler", "update", "workflow"),
   "bench.batch": at_least(1),
   "bench.prompt": at_least(1),
   "bench.new": at_least(1),
   "bench.group": at_least(1),
-  "bench.lengths": one_of("fixed", "mixed"),
+  "bench.lengths": Rule(_is_lengths, "fixed, mixed, or LOW-HIGH such as 32-256"),
   "bench.repeats": at_least(1),
   "plan.target": one_of(*TARGETS),
   "plan.programs": some_of("sampler", "update", "logprobs"),
@@ -265,6 +289,8 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
     )
   for name in PATH_FIELDS:
     text = get_field(config, name)
+    if name.startswith("task.") and text.startswith("hf://"):
+      continue  # looked up when the data set is loaded
     if text and name != "model.path" and not _exists(text):
       raise UserError(
         f"config.{name} = {text!r}: no such file; set --config.{name} to one that exists"

@@ -35,6 +35,7 @@ PATH_FIELDS = (
   "task.path",
   "task.test_path",
   "search.starts",
+  "search.workspace",
   "eval.parents",
   "sft.path",
 )

@@ -48,7 +48,8 @@ def run_eval(config: ConfigDict, workdir: Any) -> dict[str, Any]:
       log.info("no best workflow in %s yet: train or search first", workdir)
     problems = test_problems(system)
     figures = asyncio.run(evaluate(system, contenders, problems, config.eval.samples))
-    totals = system.executor_totals()
+    calls = system.executor_totals().get("llm_calls", 0)
+    calls = sum(row["calls"] for row in system.hosts.meet_now({"calls": calls}))
   for name, row in figures.items():
     low, high = row["interval"]
     log.info("%-16s %.3f  [%.3f, %.3f]  %s", name, row["score"], low, high,
@@ -57,10 +58,11 @@ def run_eval(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     "contenders": figures,
     "problems": len(problems),
     "samples": config.eval.samples,
-    "llm_calls": totals.get("llm_calls", 0),
+    "llm_calls": calls,
     "wall_seconds": round(time.perf_counter() - start, 1),
   }
-  (workdir / "eval.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+  if system.hosts.is_writer:
+    (workdir / "eval.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
   return result
 
 

@@ -237,6 +237,8 @@ def _reader(params: Any) -> Callable[[Where], np.ndarray]:
     module = get(params, where[:-1])
     if where[-1] in module:
       return np.asarray(module[where[-1]], np.float32)
+    if f"{where[-1]}_t" in module:
+      return np.asarray(module[f"{where[-1]}_t"], np.float32).T
     q, scale = (module[f"{where[-1]}_{x}"] for x in ("q", "scale"))
     return np.asarray(dequantised(q, scale, where[-1] == "embedding"))
 

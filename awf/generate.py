@@ -40,7 +40,7 @@ def run_generate(config: ConfigDict, workdir: Any, input: str, output: str) -> d
   mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
   policy = make_policy(config, mesh)
   s = config.sampler
-  sampling = SamplingParams(s.temperature, s.top_p, s.top_k, s.max_new_tokens)
+  sampling = SamplingParams(s.temperature, s.top_p, s.top_k, s.max_new_tokens, min_p=s.min_p)
   if config.generate.sampling == "checkpoint":
     own = generation_defaults(config.model.path)
     log.info("sampling of the checkpoint: %s", own or "none given, config.sampler's instead")

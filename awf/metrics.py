@@ -31,21 +31,25 @@ class MetricsLogger:
   Args:
     workdir: the run's directory; made when it is not there. Rows found there are kept.
     tensorboard: write event files.
+    is_kept: False where another process writes the same rows: then there are no files.
   """
 
-  def __init__(self, workdir: str | os.PathLike[str], tensorboard: bool = True):
+  def __init__(
+    self, workdir: str | os.PathLike[str], tensorboard: bool = True, is_kept: bool = True
+  ):
     self.path = pathlib.Path(workdir)
-    self.path.mkdir(parents=True, exist_ok=True)
+    self._is_kept, self._tensorboard = is_kept, tensorboard and is_kept
+    if is_kept:
+      self.path.mkdir(parents=True, exist_ok=True)
     self._results = self.path / "metrics.jsonl"
     self._timings = self.path / "timings.jsonl"
     self._csv = self.path / "metrics.csv"
     self._rows = read_rows(self._results)
     # A crash can leave half a line behind, which would spoil the next one.
-    write_atomic(self._results, _lines(self._rows))
-    write_atomic(self._timings, _lines(read_rows(self._timings)))
+    self._replace(self._results, _lines(self._rows))
+    self._replace(self._timings, _lines(read_rows(self._timings)))
     self._columns: list[str] = []
     self._write_csv()
-    self._tensorboard = tensorboard
     self._writer: Any = None
 
   @property
@@ -88,7 +92,7 @@ class MetricsLogger:
     if values or not clock:
       self._add({**head, **dict(sorted(values.items()))})
     if clock:
-      _append(self._timings, _lines([{**head, **dict(sorted(clock.items()))}]))
+      self._append(self._timings, _lines([{**head, **dict(sorted(clock.items()))}]))
     self._log_tensorboard(level, int(epoch), int(step), {**values, **clock})
 
   def log_epoch(
@@ -120,9 +124,9 @@ class MetricsLogger:
     kept = [row for row in self._rows if row["step"] <= step][:rows]
     dropped = len(self._rows) - len(kept)
     self._rows = kept
-    write_atomic(self._results, _lines(kept))
+    self._replace(self._results, _lines(kept))
     timings = [row for row in read_rows(self._timings) if row["step"] <= step]
-    write_atomic(self._timings, _lines(timings))
+    self._replace(self._timings, _lines(timings))
     self._write_csv()
     self._close_writer()
     self._open_writer(purge_step=step + 1)
@@ -140,9 +144,9 @@ class MetricsLogger:
 
   def _add(self, row: dict[str, Any]) -> None:
     self._rows.append(row)
-    _append(self._results, _lines([row]))
+    self._append(self._results, _lines([row]))
     if set(row) <= set(self._columns):
-      _append(self._csv, _table([row], self._columns))
+      self._append(self._csv, _table([row], self._columns))
     else:
       self._write_csv()
 
@@ -151,7 +155,15 @@ class MetricsLogger:
     self._columns = [*_KEYS, *names]
     header = io.StringIO()
     csv.writer(header, lineterminator="\n").writerow(self._columns)
-    write_atomic(self._csv, header.getvalue() + _table(self._rows, self._columns))
+    self._replace(self._csv, header.getvalue() + _table(self._rows, self._columns))
+
+  def _replace(self, path: pathlib.Path, text: str) -> None:
+    if self._is_kept:
+      write_atomic(path, text)
+
+  def _append(self, path: pathlib.Path, text: str) -> None:
+    if self._is_kept:
+      _append(path, text)
 
   def _log_tensorboard(
     self, level: Level, epoch: int, step: int, values: Mapping[str, float | None]

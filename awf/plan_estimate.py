@@ -38,10 +38,12 @@ def count_program(
   taken = {
     "top_k": config.sampler.top_k > 0 or config.executor.top_k > 0,
     "top_p": config.sampler.top_p < 1 or config.executor.top_p < 1,
+    "min_p": config.sampler.min_p > 0 or config.executor.min_p > 0,
     "greedy": config.sampler.temperature <= 0 or config.executor.temperature <= 0,
   }
-
-  taken["special"] = any(taken.values())  # the branch around those three
+  is_special = any(taken.values())
+  # The second log-prob, which training does not ask for, and the branch around all of these.
+  taken |= {"full_logp": False, "special": is_special}
 
   def is_taken(op_name: str) -> bool | None:
     return next((v for k, v in taken.items() if f"/{k}/" in op_name), None)

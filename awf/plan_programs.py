@@ -37,7 +37,8 @@ from awf.qwen.quant import QuantConfig
 from awf.runtime_setup import cache_dir
 from awf.sampler.cache import init_cache
 from awf.sampler.decode import Shapes, compile_dispatch, empty_work
-from awf.sampler.engine import cache_shardings, make_shapes
+from awf.sampler.device import cache_shardings
+from awf.sampler.engine import make_shapes
 from awf.sharding import abstract, make_mesh, replicated, tree_shardings
 from awf.types import Rollout, UserError
 
@@ -165,6 +166,7 @@ def make_setup(config: ConfigDict, target: Target, layers: int = 0) -> Setup:
   trainer = GRPOTrainer(
     model, params, None, lora_config, grpo, OptimConfig.from_config(config.optim, 1000), mesh, key,
     temperature=sampler.temperature, top_p=sampler.top_p, top_k=sampler.top_k,
+    min_p=sampler.min_p,
   )  # fmt: skip
   prompt, new = sizes(config)
   rollouts = _rollouts(config.search.parents, grpo.group_size, prompt, new)

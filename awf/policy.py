@@ -28,6 +28,7 @@ from awf.qwen.peft import load_adapter, save_adapter
 from awf.qwen.quant import QuantConfig
 from awf.qwen.tokenizer import Tokenizer, load_tokenizer
 from awf.sampler.engine import Engine, Output, Request
+from awf.sampler.text import cut
 from awf.sharding import tree_shardings
 from awf.types import Completion, SamplingParams, UserError, stable_hash
 
@@ -38,6 +39,14 @@ log = logging.getLogger("awf")
 
 BASE, ADAPTER = 0, 1  # adapter indices of the engine
 _CHUNK = 128  # positions whose logits exist at a time while scoring
+
+
+def load_base(
+  path: str, config: QwenConfig, dtype: str, mesh: Mesh | None, quant: QuantConfig
+) -> dict[str, Any]:
+  """Base weights in the layout that multiplies fastest where they go; else as `hf.load_params`."""
+  is_turned = mesh is None and quant.method == "none" and jax.default_backend() == "cpu"
+  return hf.load_params(path, config, dtype, mesh, quant, is_turned)
 
 
 class QwenPolicy:
@@ -87,7 +96,7 @@ class QwenPolicy:
     tokenizer = load_tokenizer(config.model.tokenizer or path)
     _check_sizes(config, model_config, tokenizer)
     dtype = dtype_name(config.model.dtype, "dtype")
-    params = hf.load_params(path, model_config, dtype, mesh, quant)
+    params = load_base(path, model_config, dtype, mesh, quant)
     lora_config = LoRAConfig.from_config(config.lora)
     base = hf.fingerprint(path)
     others = {
@@ -105,6 +114,8 @@ class QwenPolicy:
       max_new_tokens=longest_completion(config),
       prompt_bytes=int(config.sampler.prompt_cache_gb * 2**30),
       strict=config.sampler.strict,
+      queue=config.sampler.queue,
+      decode=tokenizer.decode,
       pad_id=tokenizer.pad_id,
       mesh=mesh,
     )
@@ -203,20 +214,29 @@ class QwenPolicy:
       temperature=sampling.temperature,
       top_p=sampling.top_p,
       top_k=sampling.top_k,
+      min_p=sampling.min_p,
       max_new_tokens=sampling.max_new_tokens,
       stop_ids=tuple(sorted({*self.tokenizer.stop_ids, *sampling.stop_ids})),
+      stop=tuple(sampling.stop),
+      logprobs=sampling.logprobs,
       adapter=adapter,
     )
 
   def completion(self, request: Request, output: Output) -> Completion:
-    """An engine output with its text; the stop token stays in the ids and leaves the text."""
-    spoken = output.token_ids[:-1] if output.finish_reason == "stop" else output.token_ids
+    """An engine output with its text.
+
+    Ids and log-probs stay as drawn. A stop id leaves the text; a stop string leaves it too, with
+    what the token that completed it says beyond.
+    """
+    by_id = output.finish_reason == "stop" and output.stop is None
+    text = self.tokenizer.decode(output.token_ids[:-1] if by_id else output.token_ids)
     return Completion(
       prompt_ids=tuple(request.prompt_ids),
       token_ids=tuple(output.token_ids),
       logprobs=tuple(output.logprobs),
-      text=self.tokenizer.decode(spoken),
+      text=text if output.stop is None else cut(text, request.stop),
       finish_reason=output.finish_reason,
+      full_logprobs=tuple(output.full_logprobs),
     )
 
   def logprobs(

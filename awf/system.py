@@ -5,12 +5,17 @@ runner.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from awf.banner import banner_lines
+from awf.config_io import PATH_FIELDS, flatten
+from awf.gauges import Gauges, Peak, find_peak, peak_memory_gb, utilisation
+from awf.hosts import Cluster, Hosts, join, settings
 from awf.sandbox import Sandbox, SandboxConfig
 from awf.terminal import count_tokens
 from awf.types import Problem, SamplingParams, UserError, WorkflowSource, stable_hash
@@ -18,24 +23,28 @@ from awf.workflow.contract import PRELOAD, seed_source
 
 log = logging.getLogger("awf")
 
+_SHOW_SECONDS = 60.0  # after which a shared disk shows what another host wrote
+
 
 class System:
   """The parts that all modes of the loop share; a context manager.
 
   Attributes:
     sandbox: started before JAX, so that its forks hold no accelerator.
-    policy: base model with the policy's adapter.
-    mesh: of the learner.
+    hosts: the processes of the run.
+    policy: base model with the policy's adapter, on this process's devices.
+    mesh: of the learner, over the devices of all processes.
     task: the data set.
     validation, test: its problems; test is for evaluation alone.
     search_problems: validation problems that the search may use.
     held_out: validation problems kept for the comparison before/after, never searched or trained
       on.
     seed_source: the workflow that the search starts from.
+    gauges: seconds by part, for the timings.
   """
 
   def __init__(self, config: ConfigDict, workdir: Any):
-    self.config, self.workdir = config, workdir
+    self.config, self.workdir, self.gauges = config, workdir, Gauges()
     self.sandbox = Sandbox(SandboxConfig(**config.sandbox), preload=PRELOAD)
     try:
       self._build()
@@ -47,10 +56,11 @@ class System:
     # JAX is imported from here on.
     from awf.policy import make_policy
     from awf.runtime_setup import setup_jax
-    from awf.sharding import make_mesh
+    from awf.sharding import local_mesh, make_mesh
     from awf.tasks import make_task
 
     config = self.config
+    self.hosts = self._join()
     self.task = make_task(config.task, self.sandbox)
     validation, test = self.task.split_dataset()
     self.validation, self.test = tuple(validation), tuple(test)
@@ -58,10 +68,12 @@ class System:
     self.held_out, self.search_problems = hold_out(self.validation, count, config.seed)
     self.seed_source: WorkflowSource = seed_source(self.task.question_type)
     setup_jax()
+    self.gauges.watch_compilation()
     self.workdir.record_devices()
     self.mesh = make_mesh(**config.mesh)
-    single = self.mesh.size == 1
-    self.policy = make_policy(config, None if single else self.mesh)
+    own = local_mesh(self.mesh)
+    self.policy = make_policy(config, None if own.size == 1 else own)
+    self._version = 0  # of the policy's adapter
     self.policy.prompt_ids([{"role": "user", "content": "?"}])  # no chat template: said now
     self.workdir.add_to_record(
       base_fingerprint=self.policy.base_fingerprint,
@@ -72,13 +84,60 @@ class System:
     count_tokens(lambda: self.policy.engine.stats()["tokens"])
     for line in banner_lines(self):
       log.info("%s", line)
+    self._peak: Peak | None = None
+    self._check_agreement()
+
+  def _join(self) -> Hosts:
+    """Finds the other processes of the run, before JAX sees any device."""
+    from awf.runtime_setup import setup_jax
+
+    chosen = settings(self.config)
+    if chosen is None:
+      return Hosts()
+    setup_jax()
+    found = join(chosen)
+    self.workdir.claim(found.is_writer)
+    found.agree(
+      "config", self._shared_config(), "start all processes with the same command and code"
+    )
+    return found
+
+  def _shared_config(self) -> dict[str, Any]:
+    """What must be equal; paths may differ, what they hold is compared later."""
+    own = ("distributed.", "sandbox.workers", "sandbox.max_children", *PATH_FIELDS)
+    return {k: str(v) for k, v in flatten(self.config).items() if not k.startswith(own)}
+
+  def _seen_record(self) -> Any:
+    """When the run in DIR began, as process 0 wrote it; a shared disk may show it late."""
+    told = self.hosts.meet_now({"started": (self.workdir.record() or {}).get("started")})
+    wanted, found = told[0]["started"], None
+    deadline = time.monotonic() + _SHOW_SECONDS
+    while (found := (self.workdir.record() or {}).get("started")) != wanted:
+      if time.monotonic() > deadline:
+        break
+      time.sleep(0.5)
+    return found
+
+  def _check_agreement(self) -> None:
+    """What every process reads for itself must be the same."""
+    if not isinstance(self.hosts, Cluster):
+      return
+    from awf.dealt import DealtTask
+
+    problems = stable_hash([[p.id, p.prompt] for p in (*self.validation, *self.test)])
+    self.hosts.agree("set of problems", problems, "config.task.path must be the same file")
+    base = [self.policy.base_fingerprint, self.policy.trainable_parameters]
+    self.hosts.agree("model", base, "config.model.path must be the same checkpoint")
+    where = "it must be a directory that all processes share"
+    self.hosts.agree("--workdir", self._seen_record(), where)
+    self.task = DealtTask(self.task, self.hosts)
 
   def runner(self, repeat: int = 0) -> Any:
     """The workflow runner whose executor calls draw their `repeat`-th independent noise."""
     from awf.workflow.runner import WorkflowRunner
 
     if repeat not in self._runners:
-      self._runners[repeat] = WorkflowRunner(
+      runner = WorkflowRunner(
         self.sandbox,
         self.policy,
         self.executor_sampling,
@@ -87,7 +146,13 @@ class System:
         dataset=self.task.dataset,
         question_type=self.task.question_type,
         concurrency=self.config.executor.concurrency,
+        watch=lambda: self.gauges.during("evaluate"),
       )
+      if isinstance(self.hosts, Cluster):
+        from awf.dealt import DealtRunner
+
+        runner = DealtRunner(runner, self.hosts, repeat)
+      self._runners[repeat] = runner
     return self._runners[repeat]
 
   def make_trainer(self, rounds: int) -> Any:
@@ -96,11 +161,12 @@ class System:
 
     from awf.grpo.config import GRPOConfig, OptimConfig
     from awf.grpo.trainer import GRPOTrainer
+    from awf.sharding import spread
 
     config, policy = self.config, self.policy
     return GRPOTrainer(
       policy.config,
-      policy.params,
+      spread(policy.params, self.mesh),
       policy.lora,
       policy.lora_config,
       GRPOConfig.from_config(config.grpo, config.sampler.max_new_tokens),
@@ -110,10 +176,19 @@ class System:
       temperature=config.sampler.temperature,
       top_p=config.sampler.top_p,
       top_k=config.sampler.top_k,
+      min_p=config.sampler.min_p,
     )
 
-  def make_search(self, episode: int) -> Any:
-    """The search of one episode, counted from 0 over all epochs."""
+  def serve(self, lora: Any) -> None:
+    """Puts an adapter of the learner in place for what is sampled from now on."""
+    from awf.sharding import gathered_here
+
+    self._version += 1
+    self.policy.set_lora(gathered_here(lora, self.mesh))
+
+  def make_search(self, episode: int, agree: Any = None) -> Any:
+    """The search of one episode, counted from 0 over all epochs; `agree` as in MCTSOptimizer."""
+    from awf.search.adopt import import_workspace
     from awf.search.config import SearchConfig, load_starts
     from awf.search.mcts import MCTSOptimizer
 
@@ -128,7 +203,9 @@ class System:
     )
     # The first search is the run's workspace; each further one has its own folder beside it.
     folder = self.workdir.workspace if episode == 0 else self.workdir / f"workspace_{episode + 1}"
-    return MCTSOptimizer(
+    if config.search.workspace and self.hosts.is_writer:
+      import_workspace(Path(config.search.workspace), Path(folder), task.dataset)
+    optimizer = MCTSOptimizer(
       search,
       self.runner(),
       task,
@@ -137,21 +214,52 @@ class System:
       folder,
       stable_hash(config.seed, "search", episode),
       starts=load_starts(config.search.starts),
+      agree=agree,
     )
+    optimizer.workspace.is_kept = self.hosts.is_writer
+    return optimizer
 
   @property
   def executor_sampling(self) -> SamplingParams:
     e = self.config.executor
-    return SamplingParams(e.temperature, e.top_p, e.top_k, e.max_new_tokens)
+    return SamplingParams(e.temperature, e.top_p, e.top_k, e.max_new_tokens, min_p=e.min_p)
 
   @property
   def policy_sampling(self) -> SamplingParams:
     s = self.config.sampler
-    return SamplingParams(s.temperature, s.top_p, s.top_k, s.max_new_tokens)
+    return SamplingParams(s.temperature, s.top_p, s.top_k, s.max_new_tokens, min_p=s.min_p)
 
   async def propose(self, messages, n: int, key: int):
     """n completions of the policy for one prompt."""
-    return await self.policy.propose(messages, n, key, self.policy_sampling)
+    with self.gauges.during("rollout"):
+      if isinstance(self.hosts, Cluster):
+        from awf.dealt import propose
+
+        args = (self.policy, messages, n, key, self.policy_sampling)
+        return await propose(self.hosts, self._version, *args)
+      return await self.policy.propose(messages, n, key, self.policy_sampling)
+
+  def machine(
+    self, before: dict[str, Any], now: dict[str, Any], trainer: Any, update_seconds: float
+  ) -> dict[str, float]:
+    """What a round cost: seconds by part, compilation, memory, shares of the devices' peaks.
+
+    Args:
+      before, now: steps and busy_seconds of the engine before the round and after it.
+      trainer: the learner, or None.
+      update_seconds: of its update.
+    """
+    from awf.qwen.quant import num_bytes
+
+    self._peak = self._peak or find_peak()
+    decode = {name: now[name] - before[name] for name in ("steps", "busy_seconds")}
+    decode["weight_bytes"] = num_bytes(self.policy.params)
+    flops = trainer.flops if trainer is not None else 0.0
+    return {
+      **self.gauges.take(),
+      **utilisation(self._peak, flops, update_seconds, decode),
+      "perf/peak_memory_gb": peak_memory_gb(),
+    }
 
   def executor_totals(self) -> dict[str, int]:
     """Calls, tokens and programs of all runners since the start."""

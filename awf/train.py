@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from awf.backup import status_figures
+from awf.hosts import Cluster
 from awf.interrupt import Interrupted, StopRequest
 from awf.progress import Progress
 from awf.summary import about_best, closing_lines, drop_summary, read_summary, write_summary
@@ -54,11 +55,13 @@ class Loop:
     from awf.qwen import hf
 
     self.system, self.config, self.trains = system, system.config, trains
-    self.workdir = system.workdir
+    self.workdir, self.hosts = system.workdir, system.hosts
+    self._others: list[dict[str, Any]] = []  # facts of the other processes, when all met last
+    self._common_seconds = 0.0  # process 0's clock then: one decides on the limit of time
     self.start = time.perf_counter()
     self.progress = Progress()
     self.own_metrics = OwnMetrics(self.config.metrics)
-    self.metrics = MetricsLogger(self.workdir)
+    self.metrics = MetricsLogger(self.workdir, is_kept=self.hosts.is_writer)
     self.checkpoints = Checkpointer(
       self.workdir.checkpoints,
       self.config.train.keep_checkpoints,
@@ -86,21 +89,44 @@ class Loop:
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
-    stop.then = lambda: None if loop.is_closed() else loop.call_soon_threadsafe(task.cancel)
+    end: Callable[[], object] = task.cancel
+    if isinstance(self.hosts, Cluster):
+      hosts = self.hosts
+      hosts.on_stop(task.cancel)
+      end = lambda: hosts.ask_stop(stop.number)  # noqa: E731
+    stop.then = lambda: None if loop.is_closed() else loop.call_soon_threadsafe(end)
     if stop.number:
       stop.then()
     try:
       return await self._run()
     except asyncio.CancelledError:
-      if not stop.number:
+      number = stop.number or self.hosts.stop_number
+      if not number:
         raise
+      if not self.hosts.is_stopped:
+        await self.hosts.meet({}, number)
       # A task is cancelled where it waits, so never amid an update or a commit.
       if self.progress.step or self.progress.before is not None:
         self._save()
       self.metrics.close()
       self.checkpoints.close()
       figures = {"rounds": self.progress.step, "updates": self.progress.updates}
-      raise Interrupted(stop.number, figures) from None
+      raise Interrupted(number, figures) from None
+
+  async def _agree(self) -> None:
+    """Waits for the other processes, before what all do together.
+
+    Raises:
+      asyncio.CancelledError: one of them was asked to stop: all do.
+    """
+    if self.hosts.size == 1:
+      return
+    mine = {"totals": self._own_totals(), "seconds": self._seconds(), "step": self.progress.step}
+    facts = await self.hosts.meet(mine)
+    if self.hosts.is_stopped:
+      raise asyncio.CancelledError
+    self._others = [f for i, f in enumerate(facts) if i != self.hosts.index]
+    self._common_seconds = facts[0]["seconds"]
 
   async def _run(self) -> dict[str, Any]:
     self._resume()
@@ -110,9 +136,12 @@ class Loop:
       log.info("this run is complete; its figures again (choose another --workdir for a new one)")
       self._close(summary)
       return summary
-    drop_summary(self.workdir)
+    if self.hosts.is_writer:
+      drop_summary(self.workdir)
     if self.trains and self.config.eval.parent_count and p.before is None:
-      p.before = await self._compare("before")
+      before = await self._compare("before")
+      await self._agree()
+      p.before = before
       self._save()
     with track("rounds", self.total_rounds, p.step) as self._shown:
       while p.episode < self.episodes and not p.is_stopped:
@@ -123,30 +152,43 @@ class Loop:
 
   async def _episode(self) -> None:
     p, t = self.progress, self.config.train
-    search = self.search = self.search or self.system.make_search(p.episode)
+    search = self.search = self.search or self.system.make_search(p.episode, self._agree)
+    if self.hosts.size > 1:  # the others read what AFlow left there before the first changes it
+      if not self.hosts.is_writer:
+        search.open_workspace()
+      await self._agree()
     epoch = p.episode // t.episodes
-    while search.rounds_done < self.config.search.rounds and not p.is_stopped:
+    while not search.why_done() and not p.is_stopped:
       await self._round(search, epoch)
     if p.is_stopped:
       return
+    log.info("search %d ends: %s", p.episode + 1, search.why_done())
     best, seed = search.best(), search.tree.nodes[1]
     self._finished = {
       "search": search.state_dict(),
       "progress": dataclasses.asdict(p),
       "rows": self.metrics.position,
+      "limits": self._limits(),
     }
     p.beaten += best.score > seed.score
     if p.best is None or best.score > p.best["score"]:
       p.best = about_best(search)
     p.episode += 1
     if p.episode % t.episodes == 0:
-      self.metrics.log_epoch(epoch, p.step, {"checkpoint_quality": p.beaten})
+      extra = {"checkpoint_quality": p.beaten, "avg_pass_at_k": self._mean_pass_at_k(epoch)}
+      self.metrics.log_epoch(epoch, p.step, extra)
     self.search = None
     self._save()
+
+  def _limits(self) -> list[float]:
+    """What may end a search before its last round, and that round."""
+    s = self.config.search
+    return [s.rounds, s.max_calls, s.max_tokens, s.converge_rounds, s.converge_z]
 
   async def _round(self, search, epoch: int) -> None:
     p, started = self.progress, time.perf_counter()
     before = self._totals()
+    self.system.gauges.restart()
     result = await search.round()
     searched = time.perf_counter()
     update = self._update(result.rollouts)
@@ -167,6 +209,7 @@ class Loop:
       "perf/tokens_per_second": tokens / (searched - started),
       "perf/problems_per_hour": 3600 * jobs / (searched - started),
       **status_figures(self.workdir),
+      **self.system.machine(before, totals, self.trainer, updated - searched),
     }
     best, seed = search.best(), search.tree.nodes[1]
     quality = p.beaten + (best.score > seed.score)
@@ -176,7 +219,16 @@ class Loop:
     if p.step % self.config.train.checkpoint_every == 0 or p.is_stopped:
       self._save()
     self._shown.advance(best=best.score, nodes=len(search.tree.nodes), updates=p.updates)
+    # A row of its own: the checkpoint covers the round's.
+    self.metrics.log(p.step, {}, self.system.gauges.take(), epoch=epoch)
     self._say(p.step, results, timings, best.score)
+
+  def _mean_pass_at_k(self, epoch: int) -> float:
+    """Mean over an epoch's rounds of pass@k of the proposals, k being a whole group."""
+    name = f"mcts/pass@{self.config.grpo.group_size}"
+    rows = [row for row in self.metrics.rows if row["level"] == "batch" and row["epoch"] == epoch]
+    found = [row[name] for row in rows if row.get(name) is not None]
+    return math.fsum(found) / len(found) if found else math.nan
 
   def _update(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
     """GRPO on the round's rollouts; the policy's new adapter serves the next proposals."""
@@ -192,7 +244,7 @@ class Loop:
       self.progress.skipped += 1
     else:
       self.progress.updates += 1
-      self.system.policy.set_lora(self.trainer.state.lora)
+      self.system.serve(self.trainer.state.lora)
     return metrics
 
   def _check_finite(self, rollouts: Sequence[Rollout], update: dict[str, float]) -> None:
@@ -204,7 +256,9 @@ class Loop:
     from awf.grpo.guard import save_batch
 
     p.nonfinite += 1
-    file = save_batch(self.workdir / "faults" / f"round_{p.step + 1:04d}.jsonl", rollouts, update)
+    file = self.workdir / "faults" / f"round_{p.step + 1:04d}.jsonl"
+    if self.hosts.is_writer:
+      save_batch(file, rollouts, update)
     what = f"loss, gradient or reward of round {p.step + 1} is no finite number; batch in {file}"
     if p.nonfinite >= limit:
       raise UserError(
@@ -215,7 +269,8 @@ class Loop:
 
   def _check_time_limit(self) -> None:
     limit = self.config.train.minutes
-    if limit and self._seconds() >= 60 * limit:
+    seconds = self._seconds() if self.hosts.size == 1 else self._common_seconds
+    if limit and seconds >= 60 * limit:
       self.progress.is_stopped, self.progress.limit = True, limit
       log.info("config.train.minutes: the limit of %g minutes is reached", limit)
 
@@ -250,13 +305,16 @@ class Loop:
       }  # fmt: skip
     best = p.best if p.best is not None else about_best(self.search)
     source = WorkflowSource(best["graph"], best["prompt"])
-    folder = write_best(self.workdir, source, {"score": best["score"], "node": best["node"]})
+    folder = Path(self.workdir / "best")
+    if self.hosts.is_writer:
+      write_best(self.workdir, source, {"score": best["score"], "node": best["node"]})
     tested = await evaluate(
       self.system,
       {"seed": self.system.seed_source, "best": source},
       test_problems(self.system),
       1,
     )
+    await self._agree()
     summary = {
       "seed_score": best["seed_score"],
       "best_score": best["score"],
@@ -273,7 +331,8 @@ class Loop:
       "workdir": str(self.workdir),
       "best_workflow": str(folder / "graph.py"),
     }
-    write_summary(self.workdir, summary, {"before": p.before, "after": after})
+    if self.hosts.is_writer:
+      write_summary(self.workdir, summary, {"before": p.before, "after": after})
     self._close(summary)
     return summary
 
@@ -301,6 +360,8 @@ class Loop:
 
     self.metrics.close()
     self.checkpoints.close()
+    if not self.hosts.is_writer:
+      return
     write_report(self.workdir.path)
     for line in closing_lines(summary, self.workdir):
       log.info("%s", line)
@@ -310,6 +371,9 @@ class Loop:
   def _resume(self) -> None:
     # 1. arrays and JSON of the newest whole checkpoint, or nothing
     found = self.checkpoints.restore(self._state())
+    self.hosts.agree(
+      "newest checkpoint", found and found[0], "--workdir must be one directory for all processes"
+    )
     if found is None:
       self.metrics.truncate(-1)
       self._drop_trajectories()
@@ -320,18 +384,19 @@ class Loop:
       self.trainer.state = state
       size, steps = extra.get("room") or self.trainer.room
       self.trainer.room = size, steps
-      self.system.policy.set_lora(state.lora)
+      self.system.serve(state.lora)
     # 3. counters, the search in hand, and the rows that the checkpoint covers
     self.progress, rows = Progress(**extra["progress"]), extra.get("rows")
     search, self._finished = extra["search"], extra.get("finished")
     last = self._finished
     if last and self.progress.episode >= self.episodes:
-      if last["search"]["rounds_done"] < self.config.search.rounds:  # more rounds were asked for
+      more = last["search"]["rounds_done"] < self.config.search.rounds
+      if more and last.get("limits") != self._limits():  # more rounds were asked for
         kept = {name: extra["progress"][name] for name in ("seconds", "calls", "tokens")}
         self.progress = Progress(**{**last["progress"], **kept})
         search, rows = last["search"], last["rows"]
     if search is not None:
-      self.search = self.system.make_search(self.progress.episode)
+      self.search = self.system.make_search(self.progress.episode, self._agree)
       self.search.load_state_dict(search)
     self.system.load_state_dict(extra.get("runners") or {})
     if self.config.train.minutes != self.progress.limit:
@@ -350,6 +415,8 @@ class Loop:
     return self.trainer.state if self.trainer is not None else {"none": np.zeros(())}
 
   def _save(self) -> None:
+    if self.hosts.size > 1:  # what ended at a limit of time on one process ends so on all
+      self.system.load_state_dict(self._all_states())
     totals = self._totals()
     kept = dataclasses.replace(
       self.progress, seconds=self._seconds(), calls=totals["calls"], tokens=totals["tokens"]
@@ -365,23 +432,44 @@ class Loop:
     # An episode's end saves again at the same step, with what comes after it.
     number = 2 * self.progress.step + (self.search is None)
     if number > self._saved:
-      self.checkpoints.save(number, self._state(), extra)
+      with self.system.gauges.during("checkpoint"):
+        self.checkpoints.save(number, self._state(), extra)
       self._saved = number
+
+  def _all_states(self) -> dict[str, Any]:
+    from awf.dealt import merged
+
+    return merged([f["state"] for f in self.hosts.meet_now({"state": self.system.state_dict()})])
 
   def _seconds(self) -> float:
     return self.progress.seconds + time.perf_counter() - self.start
 
-  def _totals(self) -> dict[str, int]:
-    """Executor calls, generated tokens and executed problems, earlier processes included."""
+  def _totals(self) -> dict[str, Any]:
+    """Executor calls and generated tokens, earlier runs included; of this one alone executed
+    problems, the engines' decode steps and the seconds that they were busy.
+
+    Those of other processes are as they were when all met last.
+    """
+    rows = [self._own_totals(), *(f["totals"] for f in self._others)]
+    total = {name: sum(row[name] for row in rows) for name in rows[0]}
+    total["calls"] += self.progress.calls
+    total["tokens"] += self.progress.tokens
+    return total
+
+  def _own_totals(self) -> dict[str, Any]:
     engine, executor = self.system.policy.engine.stats(), self.system.executor_totals()
     return {
-      "calls": self.progress.calls + executor.get("llm_calls", 0),
-      "tokens": self.progress.tokens + int(engine["tokens"]),
+      "calls": executor.get("llm_calls", 0),
+      "tokens": int(engine["tokens"]),
       "jobs": executor.get("jobs", 0),
+      "steps": int(engine["steps"]),
+      "busy_seconds": engine["busy_seconds"],
     }
 
   def _write_trajectories(self, result) -> None:
     """One file per round, written whole: a repeated round replaces it."""
+    if not self.hosts.is_writer:
+      return
     folder = Path(self.workdir.trajectories)
     folder.mkdir(exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in result.records)
@@ -391,6 +479,8 @@ class Loop:
 
   def _drop_trajectories(self) -> None:
     """Takes away the files of rounds that are still to come."""
+    if not self.hosts.is_writer:
+      return
     for file in Path(self.workdir.trajectories).glob("round_*.jsonl"):
       if int(file.stem.removeprefix("round_")) > self.progress.step:
         file.unlink()

@@ -75,27 +75,34 @@ class Grade:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-  """How to draw tokens. temperature 0 is argmax; top_k 0 and top_p 1 switch the truncations off."""
+  """How to draw tokens. temperature 0 is argmax; top_k 0, top_p 1 and min_p 0 switch the
+  truncations off.
+  """
 
   temperature: float = 1.0
   top_p: float = 1.0
   top_k: int = 0
   max_new_tokens: int = 256
   stop_ids: tuple[int, ...] = ()  # beside the tokenizer's own end-of-turn ids
+  min_p: float = 0.0  # least probability as a share of the likeliest token's
+  stop: tuple[str, ...] = ()  # texts that end a completion
+  # none; drawn: under the distribution that was drawn from; both: before top-k, top-p, min-p too
+  logprobs: Literal["none", "drawn", "both"] = "drawn"
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
   """One sampled completion. The stop token, when one was drawn, is the last id and has its
-  log-prob.
+  log-prob; so is the token that completed a stop string.
   """
 
   prompt_ids: tuple[int, ...]
   token_ids: tuple[int, ...]
-  # under the distribution that was drawn from (temperature, top-k, top-p applied)
+  # under the distribution that was drawn from (temperature, top-k, top-p, min-p applied)
   logprobs: tuple[float, ...]
-  text: str  # without the stop token
+  text: str  # without the stop token; ends before a stop string
   finish_reason: Literal["stop", "length", "refused"]  # refused: the prompt does not fit
+  full_logprobs: tuple[float, ...] = ()  # with the temperature alone; only when asked for
 
 
 @runtime_checkable

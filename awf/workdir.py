@@ -16,6 +16,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,13 @@ OPERATIONAL = (
   "name",
   "backup.",
   "bench.",
+  "distributed.",
   "export.",
   "generate.",
   "lora.paths",
   "plan.",
+  "sampler.queue",
+  "serve.",
   "sandbox.workers",
   "sandbox.max_children",
   "train.checkpoint_every",
@@ -65,6 +69,10 @@ ONWARD = (
   "optim.schedule",
   "optim.total_steps",
   "optim.warmup_steps",
+  "search.converge_rounds",
+  "search.converge_z",
+  "search.max_calls",
+  "search.max_tokens",
   "search.rounds",
   "sft.log_every",
   "train.epochs",
@@ -96,6 +104,7 @@ class Workdir(os.PathLike):
     self._lock: int | None = None
     self._handler: logging.Handler | None = None
     self._is_fresh = self._made_folder = False
+    self._claim: Callable[[], None] | None = None
 
   def __fspath__(self) -> str:
     return str(self.path)
@@ -144,13 +153,14 @@ class Workdir(os.PathLike):
       ) from e
     return found
 
-  def open(self, config: ConfigDict, mode: str, command: str = "") -> bool:
+  def open(self, config: ConfigDict, mode: str, command: str = "", is_shared: bool = False) -> bool:
     """Claims DIR for this process; starts a run or agrees to resume the one found.
 
     Args:
       config: as the user gave it (paths not resolved).
       mode: a run resumes in its own mode; "eval" may look at a run of any mode.
       command: kept in config.json.
+      is_shared: several processes start here; nothing is written before `claim`.
 
     Returns:
       True when a run was found (resume), False when this is a fresh one.
@@ -161,6 +171,30 @@ class Workdir(os.PathLike):
     """
     found = self.record()
     changed = self.check_agreement(found, config, mode)  # before anything is created or locked
+    self._claim = lambda: self._begin(found, changed, config, mode, command)
+    if not is_shared:
+      self.claim(True)
+    return found is not None
+
+  def claim(self, is_writer: bool) -> None:
+    """Makes DIR this process's to write, if it is the one that does; after a shared `open`.
+
+    Raises:
+      UserError: as `open`.
+    """
+    claim, self._claim = self._claim, None
+    if claim is not None and is_writer:
+      claim()
+
+  def _begin(
+    self,
+    found: dict[str, Any] | None,
+    changed: list[str],
+    config: ConfigDict,
+    mode: str,
+    command: str,
+  ) -> None:
+    """Takes the lock, opens run.log, and records what runs here."""
     self._is_fresh, self._made_folder = found is None, not self.path.exists()
     try:
       self.path.mkdir(parents=True, exist_ok=True)
@@ -172,11 +206,11 @@ class Workdir(os.PathLike):
       ) from e
     self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(self._handler)
+    log.info("%s %s in %s", "starting" if found is None else "resuming", mode, self)
     if found is None:
       self._write(new_record(config, mode, command))
     elif found.get("mode") == mode:
       self._note(found, config, changed)
-    return found is not None
 
   def _note(self, found: dict[str, Any], config: ConfigDict, changed: list[str]) -> None:
     """Keeps the config that the run goes on with, and what it was before."""

@@ -62,13 +62,15 @@ def base_config() -> ConfigDict:
       temperature=1.0,  # of proposals; 0 = always the likeliest token
       top_p=1.0,  # smallest set of tokens with this probability; 1 = all
       top_k=0,  # the k likeliest tokens; 0 = all
+      min_p=0.0,  # least probability as a share of the likeliest token's; 0 = off
       max_new_tokens=512,  # of a proposal
       rows=32,  # decode rows; strict mode: the one row shape
       context=2048,  # prompt + completion, tokens
       prefill_rows=8,  # prompts that one prefill takes
       steps_per_dispatch=16,  # decode steps between looks at what has arrived
+      queue=8192,  # completions that may wait for a row; who asks for more waits
       prompt_cache_gb=0.0,  # keys and values of prompts; 0 = what all rows need, at most 1.5
-      strict=True,  # one row shape, bit-equal rows whatever their neighbours
+      strict=True,  # one row shape, bit-equal rows; off: a second one for few rows
     )
   )
   # How workflows call the model (adapter off).
@@ -77,6 +79,7 @@ def base_config() -> ConfigDict:
       temperature=1.0,  # as in sampler
       top_p=1.0,  # as in sampler
       top_k=0,  # as in sampler
+      min_p=0.0,  # as in sampler
       max_new_tokens=256,  # of an answer
       system="",  # system message of every call; "" = none
       concurrency=64,  # problems that a workflow works on at a time
@@ -84,8 +87,11 @@ def base_config() -> ConfigDict:
   )
   c.task = ConfigDict(
     dict(
-      name="aime",  # aime, gsm8k, humaneval, nano; or package.module:Class of your own
-      path="",  # local JSON or JSON lines; "" downloads from the data set's home
+      # aime, gsm8k, math, humaneval, mbpp, hotpotqa, drop, nano; package.module:Class of your own
+      name="aime",
+      # JSON or JSON lines, hf://datasets/OWNER/NAME/FILE, or a folder with AFlow's file names;
+      # "" downloads from the data set's home
+      path="",
       test_path="",  # for a data set that comes split
       limit=0,  # use the first n problems; 0 = all
       split_seed=42,  # of the split into validation and test
@@ -108,21 +114,37 @@ def base_config() -> ConfigDict:
   c.search = ConfigDict(
     dict(
       scope="dataset",  # one workflow for the whole data set
-      selection="aflow",  # of parents: aflow (soft mixture), uct
+      # of parents: aflow (soft mixture), uct, puct (prior: the mixture over an arm's score)
+      selection="aflow",
       rounds=10,  # steps of expansion; each proposes for `parents` nodes
       parents=4,  # nodes expanded at once (groups of a GRPO batch)
       sample=4,  # AFlow's pool size for the soft mixture
       mix_lambda=0.3,  # aflow: share of the uniform part of the mixture
       mix_alpha=0.2,  # aflow: how much a better score counts in the rest
-      uct_c=1.0,  # uct: weight of exploration
+      uct_c=1.0,  # exploration constant of uct and puct
+      uct_adapt=False,  # uct_c times the standard deviation of the scores
+      # a search ends when the mean of its best three did not move (by more than z standard errors)
+      # in so many rounds, AFlow's rule with 5; 0 = never
+      converge_rounds=0,
+      converge_z=0.0,  # standard errors that count as no move
+      max_calls=0,  # model calls of a search, proposals included; 0 = no limit
+      max_tokens=0,  # generated tokens of a search; 0 = no limit
       prompt="full",  # full (any chat model), compact (the nano model's)
+      operators=(),  # offered to the optimiser, by name; () = those of the data set's kind
+      # turns in which a proposal that fails a check or its smoke run may be repaired; the repaired
+      # workflow enters the tree, the reward stays that of the first try
+      repairs=0,
       logs=3,  # failure log entries shown to the optimiser
       experience=8,  # experience lines shown to the optimiser
       smoke_problems=1,  # problems of the smoke run; a proposal that fails them all goes no further
       subset_problems=8,  # common problems of a group, for the reward
       full_problems=0,  # full validation of survivors; 0 = all validation problems
       full_top=2,  # children per round that go on to full validation
+      # common problems by solve rate: none (from all), easy_first, hard_first
+      curriculum="none",
+      curriculum_share=0.5,  # part of the problems in the first round; all are in at the last
       starts="",  # JSON lines {graph, prompt}: further start workflows beside the seed
+      workspace="",  # a workspace of AFlow to continue; it is copied, never changed
       start_share=0.0,  # share of the parents of a round taken from the start workflows
       driver="awf",  # who runs the search
     )
@@ -228,6 +250,17 @@ def base_config() -> ConfigDict:
       tensor=1,  # heads and widths of a layer
     )
   )
+  # Several processes as one run (modes train, search, eval); each is started with this config.
+  c.distributed = ConfigDict(
+    dict(
+      # HOST:PORT of process 0; auto = TPU pod, SLURM, Open MPI, Kubernetes say it; "" = what
+      # JAX_COORDINATOR_ADDRESS says, or one process
+      coordinator="",
+      num_processes=0,  # with HOST:PORT; 0 = JAX_NUM_PROCESSES
+      process_id=-1,  # with HOST:PORT; -1 = JAX_PROCESS_ID
+      timeout=60.0,  # seconds without a sign of life after which a process counts as lost
+    )
+  )
   c.sft = ConfigDict(
     dict(
       path="",  # JSON lines {prompt, response} or {messages, response}
@@ -254,6 +287,17 @@ def base_config() -> ConfigDict:
       sampling="config",  # config.sampler's, or the checkpoint's generation_config.json
     )
   )
+  c.serve = ConfigDict(
+    dict(
+      host="127.0.0.1",  # 0.0.0.0 for all interfaces
+      port=8000,  # 0 takes a free one
+      model_name="",  # of the base; "" = the last part of model.path; adapters: lora.paths' names
+      api_key="",  # bearer token; "" = that of the environment's AWF_API_KEY; none = open
+      cors=(),  # web origins that browsers may call from; none = no CORS
+      max_body_mb=8.0,  # of a request
+      shutdown_seconds=30.0,  # for answers that are under way when it is stopped
+    )
+  )
   c.bench = ConfigDict(
     dict(
       what="sampler",  # the part that is measured
@@ -261,7 +305,7 @@ def base_config() -> ConfigDict:
       prompt=128,  # tokens of a prompt
       new=128,  # tokens of a completion
       group=1,  # completions of one prompt
-      lengths="fixed",  # fixed, or mixed up to the given ones
+      lengths="fixed",  # fixed, mixed (1/8 to all of prompt and new), or A-B: tokens, as 32-256
       repeats=5,  # measurements, after a first one that compiles
     )
   )

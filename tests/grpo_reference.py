@@ -113,8 +113,10 @@ def aggregate(x, mask, num_rows, c):
   return jnp.sum(sums) / num_rows / (c.horizon if c.aggregation == "constant" else 1)
 
 
-def kept_by_rule(logits, top_p, top_k):
-  """bool like one position's tempered logits: what top-k, then top-p leave (NumPy, by sorting)."""
+def kept_by_rule(logits, top_p, top_k, min_p):
+  """bool like one position's tempered logits: what top-k, then top-p, then min-p leave (NumPy, by
+  sorting).
+  """
   order = np.argsort(-logits, kind="stable")
   keep = np.zeros(len(logits), bool)
   keep[order[: top_k or len(logits)]] = True
@@ -124,7 +126,7 @@ def kept_by_rule(logits, top_p, top_k):
     if mass >= need:
       keep[v] = False
     mass += p[v]
-  return keep
+  return keep & (np.exp(logits - logits.max()) >= min_p)
 
 
 def overlong(length, c):

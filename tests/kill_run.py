@@ -196,6 +196,8 @@ class Run:
     code = process.wait(PATIENCE)
     self.check_gone(family)
     if sent != signal.SIGKILL:
+      if code == -sent and size(self.folder / "run.log") == floor.start_log:
+        return "before it was up"  # while Python imported the program
       self.check_order(code, sent, time.monotonic() - started)
     return fell(floor, look(self.folder))
 
@@ -260,7 +262,8 @@ def series(folder: Path, kills: int, seed: int) -> dict:
       if place == "end":
         break
       done += sent == signal.SIGKILL
-      fallen[place if sent == signal.SIGKILL else signal.Signals(sent).name] += 1
+      is_order = sent != signal.SIGKILL and place != "before it was up"
+      fallen[signal.Signals(sent).name if is_order else place] += 1
       print(f"kill {done} at {where!r}: {place}", flush=True)
       if done >= kills:
         life.finish()

@@ -153,6 +153,14 @@ def test_bench_prints_one_json_line(capsys, checkpoint, tmp_path, what):
   assert result["tokens_per_second"] > 0 and result["what"] == what
   assert (result["batch"], result["prompt"], result["new"], result["group"]) == (4, 16, 16, 2)
   assert len(result["seconds"]) == 1 and result["versions"]["jax"] == jax.__version__
+  assert result["peak_memory_gb"] > 0 and result["commit"] and result["device"]
+  if what == "sampler":
+    assert 0 < result["occupancy"] <= 1 and 0 < result["compile_seconds"]
+    prefill, decode = result["prefill"], result["decode"]
+    assert (prefill["tokens"], decode["tokens"], decode["steps"]) == (2 * 15, 4 * 16, 16)
+    for part in (prefill, decode):
+      assert part["seconds"] > 0
+      assert part["tokens_per_second"] == pytest.approx(part["tokens"] / part["seconds"], rel=0.01)
   assert not (tmp_path / "run").exists()  # a benchmark leaves nothing behind
 
 
@@ -166,6 +174,23 @@ def test_bench_prompts_are_new_in_every_repeat():
   config.bench.lengths = "mixed"
   lengths = {len(r.prompt_ids) for r in sampler_requests(config, 1200, 0)}
   assert len(lengths) > 1 and max(lengths) <= 8
+
+
+def test_bench_expresses_mixed_work_of_a_given_range():
+  from awf.bench import sampler_requests
+
+  config = base_config()
+  config.bench.update(batch=128, lengths="32-256")
+  first, second = (sampler_requests(config, 1200, salt) for salt in (0, 1))
+  for name, sizes in (
+    ("prompts", [len(r.prompt_ids) for r in first]),
+    ("completions", [r.max_new_tokens for r in first]),
+  ):
+    assert min(sizes) >= 32 and max(sizes) <= 256 and 120 < np.mean(sizes) < 168, name
+    assert min(sizes) < 50 and max(sizes) > 235, name
+  assert all(r.ignore_eos and r.n == 1 for r in first)
+  shape = [(len(r.prompt_ids), r.max_new_tokens) for r in first]
+  assert shape == [(len(r.prompt_ids), r.max_new_tokens) for r in second]
 
 
 def test_json_line_is_strict():
@@ -228,6 +253,23 @@ def test_an_interrupted_run_says_how_to_resume(text, tmp_path, sent, code):
   last, figures = err.splitlines()[-1], json.loads(out)
   assert figures["interrupted"] and figures["steps"] > 0 and "Traceback" not in err
   assert last.startswith("interrupted") and "resume with: python launch.py --config=" in last
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_while_the_command_line_is_read_waits_until_the_mode_is_known(
+  capsys, text, tmp_path, monkeypatch, sent, code
+):
+  original = cli.parse
+
+  def parse(argv):
+    os.kill(os.getpid(), sent)
+    return original(argv)
+
+  monkeypatch.setattr(cli, "parse", parse)
+  assert run(*sft_argv(text, tmp_path / "run")) == code
+  out, err = capsys.readouterr()
+  assert json.loads(out)["interrupted"] and "resume with: python launch.py --config=" in err
+  assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
 def test_an_interrupted_sft_resumes_to_the_same_rows(capsys, text, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Configs: each loads and validates, arguments and overlays are typed, mistakes are one line."""
 
+import asyncio
 import json
 
 import pytest
@@ -19,13 +20,15 @@ from awf.config_io import (
   resolve_paths,
   set_field,
 )
+from awf.tasks import make_task
 from awf.types import UserError
 from configs.args import Choice, parse_args
 from configs.base import base_config
 from configs.common import MODELS
 
 BASE = (ROOT / "configs/base.py").read_text(encoding="utf-8")
-NAMES = ("quickstart", "nano", "aime", "gsm8k", "humaneval")
+TASKS = ("aime", "gsm8k", "math", "humaneval", "mbpp", "hotpotqa", "drop")
+NAMES = ("quickstart", "nano", *TASKS)
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def test_every_config_loads_and_its_smoke_run_needs_only_what_ships(name):
   assert smoke.search.rounds * smoke.search.parents * smoke.grpo.group_size <= 8
 
 
-@pytest.mark.parametrize("name", ("aime", "gsm8k", "humaneval"))
+@pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("model", MODELS)
 def test_models_by_name_pass_validation_without_being_loaded(name, model):
   config = load_config(f"configs/{name}.py:model={model}")
@@ -65,13 +68,35 @@ def test_models_by_name_pass_validation_without_being_loaded(name, model):
 
 
 def test_smoke_data_is_whole():
-  for name in ("aime", "gsm8k", "humaneval"):
+  for name in TASKS:
     rows = (ROOT / f"data/smoke/{name}.jsonl").read_text().splitlines()
     assert len({line for line in rows if json.loads(line)}) == 10
   for line in (ROOT / "data/smoke/humaneval.jsonl").read_text().splitlines():
     row, names = json.loads(line), {}
     exec(row["prompt"] + row["canonical_solution"] + row["test"], names)
     names["check"](names[row["entry_point"]])
+  for line in (ROOT / "data/smoke/mbpp.jsonl").read_text().splitlines():
+    row, names = json.loads(line), {}
+    exec(row["code"] + row["test"], names)
+    names["check"]()
+    assert row["test_list"][-1] in row["test"]
+
+
+@pytest.mark.parametrize("name", ("aime", "gsm8k", "math", "hotpotqa", "drop"))
+def test_answers_of_the_smoke_data_are_graded_right(name):
+  config = load_config(f"configs/{name}.py:smoke")
+  task = make_task(resolve_paths(config).task)
+  for problem in task.load_dataset():
+    expected = "|".join(problem.answer[-1]) if name == "drop" else problem.answer
+    grade = asyncio.run(task.grade(problem, f"<answer>{expected}</answer>"))
+    assert grade.correct and grade.score == 1.0, problem
+    assert not asyncio.run(task.grade(problem, "<answer>-77</answer>")).correct
+
+
+def test_a_file_of_the_hub_is_looked_up_when_the_data_set_is_loaded():
+  config = load_config("configs/aime.py:model=qwen2.5-0.5b")
+  config.task.path = "hf://datasets/owner/name/test.jsonl"
+  validate(config)
 
 
 def test_arguments_have_types_and_choices():
@@ -203,6 +228,11 @@ def test_defaults_pass_and_every_rule_names_a_field(config):
     ("eval.pass_k", (1, 8), "eval.samples"),
     ("eval.pass_k", (0,), "positive"),
     ("bench.group", 3, "multiple of config.bench.group"),
+    ("bench.lengths", "long", "LOW-HIGH"),
+    ("bench.lengths", "256-32", "LOW-HIGH"),
+    ("sampler.min_p", 1.5, "a number in [0, 1]"),
+    ("executor.min_p", -0.1, "a number in [0, 1]"),
+    ("sampler.queue", 0, "at least 1"),
     ("mesh.tensor", -1, "at most one"),
     ("mesh.fsdp", 0, "positive size"),
     ("task.validation_share", 1.0, "between 0 and 1"),
@@ -210,7 +240,7 @@ def test_defaults_pass_and_every_rule_names_a_field(config):
     ("eval.parent_count", 4, "eval.parents"),
     ("sandbox.wall_seconds", 1.0, "sandbox.cpu_seconds"),
     ("grpo.group_size", 1, "at least 2"),
-    ("search.selection", "puct", "one of aflow, uct"),
+    ("search.selection", "ucb", "one of aflow, uct, puct"),
     ("task.path", "/nowhere.jsonl", "no such file"),
     ("model.path", "", "configs/quickstart.py"),
     ("model.path", "./nowhere", "--config.model.path"),

@@ -3,10 +3,13 @@
 import asyncio
 import json
 import re
+import shlex
+import shutil
 import sys
 
 import pytest
 from conftest import ROOT
+from test_workspace import aflow_workspace
 
 from awf import cli
 from awf.config import validate
@@ -16,7 +19,7 @@ from awf.policy import make_policy
 from awf.qwen.tokenizer import load_tokenizer
 from awf.sampler.engine import Engine
 from awf.tasks import make_task
-from awf.train import run_train
+from awf.train import run_search, run_train
 from awf.types import Rollout, UserError
 from awf.workdir import Workdir
 from configs.base import base_config
@@ -101,6 +104,32 @@ def test_a_policy_and_a_metric_of_ones_own_run_in_the_loop(folder, monkeypatch):
   assert figures["rounds"] == 1 and [row["level"] for row in rows] == ["batch", "epoch"]
   assert [row["proposals/distinct"] for row in rows] == [expected, expected]
   assert "proposals/distinct" in (folder / "run/metrics.csv").read_text().splitlines()[0]
+
+
+def test_a_user_of_aflow_points_us_at_a_workspace(tmp_path, monkeypatch):
+  text = (ROOT / "README.md").read_text().split("\n### From AFlow\n")[1].split("```")[1]
+  program, script, *argv = shlex.split(text.replace("\\\n", " "))
+  assert (program, script) == ("python", "launch.py") and text.count("\n") <= 5
+  argv[0] += ":smoke"
+  theirs = tmp_path / "AFlow" / "workspace" / "GSM8K" / "workflows"
+  shutil.copytree(aflow_workspace(tmp_path / "made"), theirs)
+  before = {p: p.read_bytes() for p in theirs.rglob("*") if p.is_file()}
+  data = tmp_path / "AFlow" / "data" / "datasets"
+  data.mkdir(parents=True)
+  for kind, count in (("validate", 6), ("test", 2)):
+    rows = [{"question": f"{kind} {i}?", "answer": f"#### {i}"} for i in range(count)]
+    (data / f"gsm8k_{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  monkeypatch.chdir(tmp_path)
+  command = cli.parse([*argv, "--config.mesh.data=1"])
+  assert command.mode == "search"
+  with Workdir(command.workdir) as workdir:
+    workdir.open(command.config, command.mode)
+    figures = run_search(resolve_paths(command.config), workdir)
+  assert figures["rounds"] == 1 and figures["best_score"] >= 0.9
+  written = tmp_path / "runs/continued/workspace/GSM8K/workflows"
+  rounds = {row["round"] for row in json.loads((written / "results.json").read_text())}
+  assert {1, 2, 4} <= rounds and (written / "round_4" / "graph.py").exists()
+  assert {p: p.read_bytes() for p in theirs.rglob("*") if p.is_file()} == before
 
 
 def test_several_metrics_are_given_by_repeating_the_flag(folder):

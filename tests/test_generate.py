@@ -3,6 +3,9 @@
 import json
 import logging
 import os
+import signal
+import threading
+import time
 
 import jax
 import numpy as np
@@ -125,6 +128,39 @@ def test_a_lines_fields_come_before_the_configs(generate, policy):
   assert huge["token_ids"] == free["token_ids"]
 
 
+def test_a_stop_string_cuts_the_text_and_keeps_the_ids(generate, policy):
+  line = {"messages": CHAT, "temperature": 2.0, "seed": 3, "max_new_tokens": 30, "stop_ids": []}
+  _, (free,) = generate(line)
+  stop = free["text"][7:10]
+  text = free["text"][: free["text"].index(stop)]
+  _, (cut, several, at_once) = generate(
+    {**line, "stop": stop}, {**line, "stop": ["\u2603", stop]}, {**line, "stop": free["text"][0]}
+  )
+  assert cut == {**several, "index": 0}
+  assert (cut["text"], cut["finish_reason"]) == (text, "stop")
+  count = len(cut["token_ids"])
+  assert cut["token_ids"] == free["token_ids"][:count]
+  assert cut["logprobs"] == free["logprobs"][:count]
+  assert stop in policy.tokenizer.decode(cut["token_ids"])
+  assert stop not in policy.tokenizer.decode(cut["token_ids"][:-1])
+  assert at_once["text"] == "" and len(at_once["token_ids"]) == 1
+
+
+def test_log_probs_of_choice_and_min_p(generate, policy):
+  line = {"messages": CHAT, "temperature": 1.5, "min_p": 0.2, "seed": 1, "max_new_tokens": 20}
+  _, (none, both, free) = generate(
+    {**line, "logprobs": "none"}, {**line, "logprobs": "both"}, {**line, "min_p": 0, "top_k": 0}
+  )
+  assert none["logprobs"] == [] and list(none) == KEYS
+  assert list(both) == [*KEYS, "full_logprobs"]
+  assert none["token_ids"] == both["token_ids"]
+  want = policy.logprobs(both["prompt_ids"], both["token_ids"], adapter=0, temperature=1.5)
+  np.testing.assert_allclose(both["full_logprobs"], want, atol=1e-5)
+  assert np.max(np.subtract(both["logprobs"], want)) > 0.01
+  want = policy.logprobs(free["prompt_ids"], free["token_ids"], adapter=0, temperature=1.5)
+  np.testing.assert_allclose(free["logprobs"], want, atol=1e-5)
+
+
 def test_the_longest_prompt_that_fits_gets_its_one_token(generate):
   _, (row,) = generate({"prompt_ids": [3] * (CONTEXT - 1)})
   assert len(row["token_ids"]) == 1
@@ -159,6 +195,15 @@ BAD_LINES = [
   ('{"prompt": "x", "temperature": NaN}', "temperature: expected a finite number"),
   ({**GOOD, "top_p": 0}, "top_p: expected a number in"),
   ({**GOOD, "top_k": 1.5}, "top_k: expected a whole number"),
+  ({**GOOD, "min_p": 1.5}, "min_p: expected a number in"),
+  ({**GOOD, "min_p": -0.1}, "min_p: expected a number in"),
+  ({**GOOD, "min_p": "0.1"}, "min_p: expected a number"),
+  ({**GOOD, "stop": ""}, "stop: expected a text that is not empty, or a list"),
+  ({**GOOD, "stop": ["a", ""]}, "stop: expected a text that is not empty, or a list"),
+  ({**GOOD, "stop": 3}, "stop: expected a text that is not empty, or a list"),
+  ({**GOOD, "logprobs": "all"}, "logprobs: expected one of none, drawn, both"),
+  ({**GOOD, "logprobs": True}, "logprobs: expected a text"),
+  ({**GOOD, "adapter": "nobody"}, "adapter 'nobody' is not loaded; expected one of base"),
   ({**GOOD, "top_k": -1}, "top_k: expected 0"),
   ({**GOOD, "max_new_tokens": 0}, "max_new_tokens: expected at least 1"),
   ({**GOOD, "n": 0}, "n: expected at least 1"),
@@ -223,6 +268,33 @@ def test_the_old_output_stays_until_the_new_one_is_whole(policy, tmp_path):
     run_generate(broken, str(source), str(target), sampling=SAMPLING, seed=0, adapter=0)
   assert target.read_text() == old
   assert [path.name for path in target.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_ctrl_c_in_mid_decode_stops_cleanly_and_harms_no_other_request(policy, tmp_path):
+  source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+  source.write_text(json.dumps({**GOOD, "n": 200, "max_new_tokens": 60, "temperature": 3.0}))
+  (mine,) = policy.engine.generate([policy.request((5, 6, 7), SAMPLING, 1, 1, 0)])
+  began, steps = threading.Event(), policy.engine.stats()["steps"]
+
+  def press():
+    while policy.engine.stats()["steps"] == steps:
+      time.sleep(0.005)
+    began.set()
+    os.kill(os.getpid(), signal.SIGINT)
+
+  presser = threading.Thread(target=press)
+  handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # off in background jobs
+  try:
+    presser.start()
+    with pytest.raises(KeyboardInterrupt):
+      run_generate(policy, str(source), str(target), sampling=SAMPLING, seed=0, adapter=0)
+    presser.join()
+  finally:
+    signal.signal(signal.SIGINT, handler)
+  assert began.is_set() and [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+  assert policy.engine.generate([policy.request((5, 6, 7), SAMPLING, 1, 1, 0)]) == [mine]
+  stats = policy.engine.stats()
+  assert (stats["running"], stats["waiting"]) == (0, 0)
 
 
 def test_text_beyond_ascii_is_written_as_utf8(generate, policy, tmp_path):

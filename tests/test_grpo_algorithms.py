@@ -122,7 +122,7 @@ class Plain:
 
   def keep_by_rule(self, logits):
     for i, t in np.argwhere(self.mask):
-      rule = plain.kept_by_rule(logits[i, t], self.sampling.top_p, self.sampling.top_k)
+      rule = plain.kept_by_rule(logits[i, t], *self.sampling[1:])
       self.keep[i, t] = rule
       self.keep[i, t, self.tokens[i, t + 1]] = True
 
@@ -258,8 +258,9 @@ def test_update_equals_the_plain_algorithm(name):
   assert_equals_plain(dataclasses.replace(GRPO, **CASES[name]))
 
 
-def test_truncated_sampling_keeps_the_support_of_the_old_policy():
-  sampling = Sampling(0.9, 0.8, 30)
+@pytest.mark.parametrize("cuts", [(0.8, 30, 0.0), (1.0, 0, 0.3), (0.95, 40, 0.2)], ids=str)
+def test_truncated_sampling_keeps_the_support_of_the_old_policy(cuts):
+  sampling = Sampling(0.9, *cuts)
   grpo = dataclasses.replace(GRPO, beta=0.05, importance="token_truncate")
   got = assert_equals_plain(grpo, sampling)
   whole = trainer(grpo, Sampling(0.9)).update(rollouts())

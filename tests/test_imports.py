@@ -21,6 +21,8 @@ LEVELS = {
       "interrupt",
       "remat",
       "terminal",
+      "hub",
+      "hosts",
     ),
     1,
   ),

@@ -172,6 +172,8 @@ def test_sampling_defaults_of_a_checkpoint(tmp_path):
   file = tmp_path / "generation_config.json"
   file.write_text(json.dumps({"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}))
   assert hf.generation_defaults(tmp_path) == {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+  file.write_text(json.dumps({"temperature": 0.5, "min_p": 0.1}))
+  assert hf.generation_defaults(tmp_path) == {"temperature": 0.5, "min_p": 0.1}
   file.write_text(json.dumps({"do_sample": False, "top_p": 0.8, "eos_token_id": [1]}))
   assert hf.generation_defaults(tmp_path) == {"temperature": 0.0, "top_p": 0.8}
   file.write_text(json.dumps({"temperature": "hot"}))

@@ -3,7 +3,18 @@
 import asyncio
 
 import pytest
-from scripted import COST, PROBLEM, answer, make_runner, new_sandbox, run, script, source
+from scripted import (
+  COST,
+  PROBLEM,
+  ScriptedLLM,
+  answer,
+  failure,
+  make_runner,
+  new_sandbox,
+  run,
+  script,
+  source,
+)
 
 from awf.types import Problem, WorkflowSource
 from awf.workflow import prompts
@@ -21,7 +32,7 @@ def sandbox():
 
 def test_ensemble_counts_equal_answers(sandbox):
   solutions = ["I get 7.", "<answer>42</answer>", "", "so 42.0", "\\boxed{7}, no: 42"]
-  llm = script("unused")
+  llm = script("A")
   body = f"s = await self.sc_ensemble(solutions={solutions!r}, problem=problem)\n"
   assert answer(sandbox, llm, body + f"return s['response'], {COST}") == "I get 7."
   assert llm.prompts == [prompts.sc_ensemble(["I get 7.", "<answer>42</answer>"], "What is 6*7?")]
@@ -37,14 +48,93 @@ def test_ensemble_counts_equal_answers(sandbox):
     ("<thought>x</thought>\n<solution_letter>B</solution_letter>", "2"),
     ("<solution_letter> b. ", "2"),
     ("I think that C is right", "3"),
-    ("<solution_letter>Z</solution_letter>", "1"),
-    ("no idea", "1"),
-    ("", "1"),
   ],
 )
 def test_ensemble_reads_letters_leniently(sandbox, reply, chosen):
   body = f"s = await self.sc_ensemble(['1', '2', '3'], problem)\nreturn s['response'], {COST}"
   assert answer(sandbox, script(reply), body) == chosen
+
+
+LETTER = "letter from A to C in <solution_letter>"
+BALLOT = "s = await self.sc_ensemble(['1', '2', '3'], problem)\n" + f"return s['response'], {COST}"
+VOTES = (
+  "md = operator.MdEnsemble(self.llm, vote_count=3)\n"
+  "s = await md(solutions=['x', 'y', 'z'], problem=problem)\n"
+  f"return s['solution'], {COST}"
+)
+STEPS = f"a = await self.answer_generate(problem)\nreturn a['thought'] + '|' + a['answer'], {COST}"
+REVIEW = (
+  "r = await operator.Review(self.llm)(problem, '41')\n"
+  f"return r['review_result'] + r['feedback'], {COST}"
+)
+REVISE = (
+  "r = await operator.Revise(self.llm)(problem, '41', feedback='low')\n"
+  f"return r['solution'], {COST}"
+)
+CODED = (
+  f"r = await self.custom_code_generate(problem, 'f', instruction='')\nreturn r['response'], {COST}"
+)
+TRUE_TAGS = "<review_result>maybe</review_result><feedback>x</feedback>"
+
+
+@pytest.mark.parametrize(
+  ("body", "bad", "good", "expected", "wanted"),
+  [
+    (BALLOT, ("<solution_letter>Z</solution_letter>", "no idea"), "B", "2", LETTER),
+    (BALLOT, ("",), "<solution_letter>C</solution_letter>", "3", LETTER),
+    (STEPS, ("42!", "<thought>x</thought>"), "<thought>t</thought><answer>42</answer>", "t|42",
+     "<thought> and <answer>"),
+    (REVIEW, (TRUE_TAGS, "<review_result>true</review_result>"),
+     "<review_result> True.</review_result><feedback>x</feedback>", "truex",
+     "<review_result> of true or false and <feedback>"),
+    (REVISE, ("42", ""), "<solution>42</solution>", "42", "<solution>"),
+    (CODED, ("", "```python\n\n```"), "```python\ndef f(): pass\n```", "def f(): pass",
+     "Python code"),
+  ],
+)  # fmt: skip
+def test_a_malformed_reply_is_asked_for_again_and_then_a_typed_failure(
+  sandbox, body, bad, good, expected, wanted
+):
+  llm = script(*bad, good)
+  assert answer(sandbox, llm, body) == expected
+  first, *later = llm.prompts
+  assert later == [prompts.again(first, wanted)] * len(bad)
+  for reply in bad:
+    llm = script(reply)
+    failed = failure(sandbox, llm, body)
+    assert failed.kind == "format" and failed.message.endswith(f"no {wanted} in 3 replies")
+    assert len(llm.requests) == 3
+  caught = body.replace("await", "await asyncio.sleep(0) or await", 1)
+  caught = "try:\n" + "".join(f"  {line}\n" for line in caught.splitlines())
+  caught += f"except Exception as error:\n  return 'caught', {COST}"
+  workflow = source(caught)
+  workflow = WorkflowSource("import asyncio\n" + workflow.graph, "")
+  assert run(sandbox, script(bad[0]), workflow).answer == "caught"
+
+
+def test_votes_are_counted_over_shuffled_options(sandbox):
+  def best(prompt, key):
+    lines = [line for line in prompt.splitlines() if line[1:3] == ": "]
+    return next(line[0] for line in lines if line.endswith("y"))
+
+  llm = ScriptedLLM(best)
+  assert answer(sandbox, llm, VOTES) == "y" and len(llm.requests) == 3
+  orders = {tuple(line for line in p.splitlines() if line[1:3] == ": ") for p in llm.prompts}
+  assert len(orders) > 1
+  again = ScriptedLLM(best)
+  assert answer(sandbox, again, VOTES) == "y" and again.prompts == llm.prompts
+  assert answer(sandbox, script("A"), VOTES) in ("x", "y", "z")
+  one = "md = operator.MdEnsemble(self.llm)\ns = await md(['x', 'x'], problem)\n"
+  assert answer(sandbox, script("-"), one + f"return s['solution'], {COST}") == "x"
+  failed = failure(sandbox, script("-"), VOTES)
+  assert failed.kind == "format" and failed.message.startswith("MdEnsemble: no letter from A to C")
+
+
+def test_format_gives_the_short_answer(sandbox):
+  body = "f = await operator.Format(self.llm)(problem=problem, solution='So it is 42.')\n"
+  llm = script(" 42\n")
+  assert answer(sandbox, llm, body + f"return f['response'], {COST}") == "42"
+  assert llm.prompts == [prompts.short_answer("What is 6*7?", "So it is 42.")]
 
 
 def test_ensemble_of_nothing(sandbox):
@@ -97,17 +187,6 @@ def test_equal_programs_run_once(sandbox):
   result = asyncio.run(runner.run(workflow, PROBLEM))
   assert result.answer == "42 42 42 42" and (result.calls, result.programs) == (4, 1)
   assert runner.stats()["cached_programs"] == 3
-
-
-def test_answer_generate_asks_again_for_missing_tags(sandbox):
-  body = f"a = await self.answer_generate(problem)\nreturn a['thought'] + '|' + a['answer'], {COST}"
-  good = "<thought>six sevens</thought>\n<answer>42</answer>"
-  llm = script("42!", good)
-  assert answer(sandbox, llm, body) == "six sevens|42"
-  assert llm.prompts == [prompts.answer_generate("What is 6*7?")] * 2
-  assert llm.requests[0][1] != llm.requests[1][1]
-  llm = script(" 42! ")
-  assert answer(sandbox, llm, body) == "|42!" and len(llm.requests) == 2
 
 
 def test_review_and_revise(sandbox):

@@ -63,7 +63,7 @@ def ask(url, sampling=SamplingParams(), key=5, count=1, adapter=0, **options):  
 
 
 def test_request_and_answer():
-  sampling = SamplingParams(temperature=0.3, top_p=0.9, top_k=20, max_new_tokens=11)
+  sampling = SamplingParams(0.3, 0.9, 20, max_new_tokens=11, min_p=0.05, stop=("###",))
   with endpoint((200, ANSWER)) as (url, seen):
     (completion,), stats = ask(url, sampling, key=2**40 + 3)
   ((path, authorization, body),) = seen
@@ -74,6 +74,8 @@ def test_request_and_answer():
     "temperature": 0.3,
     "top_p": 0.9,
     "top_k": 20,
+    "min_p": 0.05,
+    "stop": ["###"],
     "max_tokens": 11,
     "seed": 3,
   }
@@ -85,7 +87,7 @@ def test_top_k_is_left_out_when_off_and_length_is_passed_on():
   cut = {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}
   with endpoint((200, cut)) as (url, seen):
     (completion,), _ = ask(url)
-  assert "top_k" not in seen[0][2]
+  assert not {"top_k", "min_p", "stop"} & set(seen[0][2])
   assert (completion.text, completion.finish_reason) == ("", "length")
 
 

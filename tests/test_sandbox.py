@@ -1,6 +1,8 @@
 """The sandbox with well-meaning jobs: protocol, determinism, budgets, scheduling, recovery."""
 
 import asyncio
+import collections
+import enum
 import os
 import signal
 import statistics
@@ -9,6 +11,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
@@ -499,18 +503,55 @@ def test_encoded_values_come_back_equal():
     (1, 2.5, "x"), {3: (4,), "k": None}, {"@": 1}, {1, 2}, frozenset({"a"}), b"\x00\xff", 1 + 2j,
     float("inf"), True,
   ]  # fmt: skip
+  value += [collections.deque([1, (2,)]), range(2, 9, 3), Decimal("0.10"), Fraction(-2, 3)]
   form = encode_value(value)
   assert frames.json_fault(form) is None
   assert decode_value(form) == value
+  assert list(map(type, decode_value(form))) == list(map(type, value))
   assert decode_value({"a": {"b": [1]}}) == {"a": {"b": [1]}}
   for forged in (
     {"@": "eval", "v": []},
     {"@": "tuple"},
     {"@": "bytes", "v": [999]},
     {"@": "set", "v": [[1]]},
+    {"@": "Fraction", "v": "1/0"},
+    {"@": "Decimal", "v": "9" * 5_000},
+    {"@": "range", "v": [0, 1, 0]},
   ):
     with pytest.raises(ValueError):
       decode_value(forged)
+
+
+def test_instances_of_subclasses_cross_as_what_they_hold():
+  class Liar(int):
+    def __eq__(self, other):
+      return True
+
+    __hash__ = None
+
+  class Backwards(list):
+    def __iter__(self):
+      return iter([9])
+
+  pair = collections.namedtuple("pair", "a b")
+  counts = collections.Counter("aab")
+  values = [counts, collections.OrderedDict(z=1, a=2), collections.defaultdict(list, {1: [2]})]
+  values += [pair(1, 2), Liar(4), Backwards([1]), enum.IntEnum("Size", "S M").M]
+  plain = [decode_value(encode_value(value)) for value in values]
+  assert plain == [{"a": 2, "b": 1}, {"z": 1, "a": 2}, {1: [2]}, (1, 2), 4, [1], 2]
+  assert [type(value) for value in plain] == [dict, dict, dict, tuple, int, list, int]
+
+
+def test_a_check_without_arguments_and_a_candidate_of_that_name(small_box):
+  payload = {"solution": "def check(n):\n  return n + 1", "entry_point": "check"}
+  for tests, passed in (("assert check(1) == 2", True), ("assert check(1) == 3", False)):
+    result = small_box.run_sync(Job("awf.sandbox.program:run_tests", {**payload, "tests": tests}))
+    assert result.value["passed"] is passed
+  payload = {"solution": "def f(n):\n  return n + 1", "entry_point": "f"}
+  tests = "def check():\n  assert f(1) == "
+  for expected, passed in (("2", True), ("3", False)):
+    job = Job("awf.sandbox.program:run_tests", {**payload, "tests": tests + expected})
+    assert small_box.run_sync(job).value["passed"] is passed
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])

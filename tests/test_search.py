@@ -61,6 +61,7 @@ def test_rewards_follow_the_stage_that_a_proposal_reaches(sandbox, tmp_path):
   assert (m["mcts/stage/format/failed"], m["mcts/stage/static/failed"]) == (1, 2)
   assert (m["mcts/stage/smoke/failed"], m["mcts/stage/subset/passed"]) == (2, 2)
   assert m["mcts/duplicates"] == 1  # the copy
+  assert (m["mcts/stage/full/passed"], m["mcts/stage/full/failed"]) == (2, 0)
   assert m["mcts/pass@1"] == pytest.approx(1 / 7) and m["mcts/pass@7"] == 1.0
   assert search.best().modification == "Ask for steps." and m["mcts/best_score"] == 1.0
 

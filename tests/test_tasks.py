@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from awf.tasks import (
   WorkflowEvaluator,
   download,
   make_task,
+  spans,
   stats,
 )
 from awf.tasks.code import find_solution
@@ -187,7 +189,7 @@ def test_make_task(tmp_path):
   task = make_task({"name": f"{__name__}:WordTask", "path": path})
   assert isinstance(task, WordTask) and len(task.split_dataset()[0]) == 4
   for name, message in (
-    ("aimee", "aime, gsm8k, humaneval, nano"),
+    ("aimee", "aime, drop, gsm8k, hotpotqa, humaneval, math, mbpp, nano"),
     ("no.such.module:X", "cannot import"),
     ("json:loads", "subclass of DatasetEvaluator"),
     ("humaneval", "needs a sandbox"),
@@ -245,6 +247,30 @@ def test_download_checks_unpacks_and_caches(server):
     download.fetch(download.Source(f"{url}/none", "0" * 64))
 
 
+def test_a_file_without_a_pinned_checksum_is_verified_after_its_first_use(server, monkeypatch):
+  url, files = server
+  (files / "d.jsonl").write_text(GOOD)
+  source = download.Source(f"{url}/d.jsonl")
+  found = download.fetch(source)
+  assert found.read_text() == GOOD and download.fetch(source) == found
+  found.write_text(GOOD + "\n")  # damaged in the cache
+  with pytest.raises(UserError, match="when it was first used"):
+    download.fetch(source)
+  found.unlink()
+  assert download.fetch(source).read_text() == GOOD
+  found.unlink()
+  (files / "d.jsonl").write_text(GOOD.replace("1", "2"))  # its home has another one
+  with pytest.raises(UserError, match="has a new version"):
+    download.fetch(source)
+  hub = files / "hub.jsonl"
+  hub.write_text(GOOD)
+  monkeypatch.setattr(download, "_hub_file", lambda path, field: hub)
+  assert download.local_file("hf://datasets/a/b/hub.jsonl") == hub
+  hub.write_text(GOOD + GOOD)
+  with pytest.raises(UserError, match="hf://datasets/a/b/hub.jsonl"):
+    download.fetch(download.Source("hf://datasets/a/b/hub.jsonl"))
+
+
 def test_offline_is_said_clearly(monkeypatch, tmp_path):
   monkeypatch.setenv("AWF_CACHE", str(tmp_path))
   with pytest.raises(UserError, match="go online once"):
@@ -255,7 +281,198 @@ def test_offline_is_said_clearly(monkeypatch, tmp_path):
     download.local_file("hf://datasets/awf/none/data.jsonl")  # tests run with HF_HUB_OFFLINE
 
 
+# ---- AFlow's files ----
+
+
+def test_a_folder_of_aflows_files_is_read_by_their_names(tmp_path, sandbox):
+  (tmp_path / "math_validate.jsonl").write_text('{"problem": "p", "solution": "\\\\boxed{1}"}\n')
+  write(tmp_path / "math_test.jsonl", [{"problem": f"t{i}", "solution": BOX} for i in range(2)])
+  task = make_task({"name": "math", "path": str(tmp_path)})
+  validation, test = task.split_dataset()
+  assert [p.prompt for p in validation] == ["p"] and [p.prompt for p in test] == ["t0", "t1"]
+  assert [p.answer for p in (*validation, *test)] == ["1", "\\frac{1}{2}", "\\frac{1}{2}"]
+  row = {"prompt": "Add.", "entry_point": "add", "code": "def add(a, b): return a + b"}
+  row |= {"task_id": 1, "test": "def check():\n  assert add(1, 2) == 3\n"}
+  for kind, i in (("validate", 1), ("test", 2)):
+    write(tmp_path / f"mbpp_{kind}.jsonl", [{**row, "task_id": i}])
+  tests = {"entry_point": "add", "test": ["assert add(0, 0) == 0"]}
+  write(tmp_path / "mbpp_public_test.jsonl", [{"problem_id": 1, **tests}])
+  task = make_task({"name": "mbpp", "path": str(tmp_path)}, sandbox)
+  assert [p.public_tests for p in task.load_dataset()] == [("assert add(0, 0) == 0",)] * 2
+  write(tmp_path / "mbpp_public_test.jsonl", [{"entry_point": "add", "test": [1]}])
+  with pytest.raises(UserError, match="mbpp_public_test.jsonl, line 1"):
+    task.load_dataset()
+  with pytest.raises(UserError, match="drop_validate.jsonl"):
+    make_task({"name": "drop", "path": str(tmp_path)}).load_dataset()
+
+
+BOX = "So $x = \\frac{1}{4} + \\frac{1}{4} = \\boxed{\\frac{1}{2}}$."
+
+
+@pytest.mark.parametrize(
+  "row",
+  [
+    {"id": "2025-I-1", "problem": "p", "answer": "70"},
+    {"question": "p", "answer": 70},
+    {"problem": "p", "answer": "070", "url": "x", "year": 2026},
+  ],
+)
+def test_other_years_of_aime_have_the_same_form(tmp_path, row):
+  (problem,) = aime(write(tmp_path / "aime", [row])).load_dataset()
+  assert (problem.prompt, problem.answer) == ("p", "70")
+
+
 # ---- graders ----
+
+
+@pytest.mark.parametrize(
+  "answer, expected, correct",
+  [
+    ("0.5", "\\frac{1}{2}", True), ("\\dfrac12", "\\frac12", True), ("0.333", "\\frac13", False),
+    ("\\sqrt{12}", "2\\sqrt{3}", True), ("3.4641", "2\\sqrt{3}", False),
+    ("(1, 2)", "(1,2)", True), ("(2,1)", "(1,2)", False), ("x \\in [2,5)", "[2,5)", True),
+    ("(2,5)", "[2,5)", False), ("-2, 1", "1,-2", True), ("1, 2, 3", "1,2", False),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", True),
+    ("\\begin{pmatrix}1\\\\3\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", False),
+    ("C", "\\text{(C)}", True), ("B", "\\text{(C)}", False), ("Evelyn", "\\text{Evelyn}", True),
+    ("\\$32{,}348", "32,\\!348", True), ("10\\%", "10", True), ("5\\text{ cm}^2", "5", True),
+    ("90", "90^\\circ", True), ("3+2x", "y = 2x+3", True), ("6-5i", "-5i+6", True),
+    ("3-2\\sqrt2, 3+2\\sqrt{2}", "3 \\pm 2\\sqrt{2}", True), ("(x-1)(x+1)", "x^2-1", True),
+    ("x^2+1", "x^2-1", False), ("2517_8", "2516_8", False), ("\\{3,2,1\\}", "\\{1,2,3\\}", True),
+    ("(-\\infty,3)\\cup(5,\\infty)", "(-\\infty, 3) \\cup (5, \\infty)", True),
+  ],
+)  # fmt: skip
+def test_math_compares_what_is_in_the_box(math_task, answer, expected, correct):
+  problem = Problem("m", "", answer=expected)
+  grade = asyncio.run(
+    math_task.grade(problem, f"From $x = 7$ we get $\\boxed{{{answer}}}$ at once.")
+  )
+  assert grade.correct is correct, grade
+
+
+@pytest.fixture(scope="module")
+def math_task():
+  task = make_task({"name": "math"})
+  yield task
+  task.validator.close()
+
+
+@pytest.mark.parametrize(
+  "response, answer",
+  [
+    ("First $1$.\nHence the answer is $\\frac{3}{4}$.", "\\frac{3}{4}"),
+    ("**Answer:** Evelyn", "Evelyn"),
+    ("Thus\n\\[ 3x + 1 \\]", "3x + 1"),
+    ("<answer>$\\frac12$</answer> or \\boxed{9}", "$\\frac12$"),
+    ("\\boxed{1} no, \\boxed{\\frac{2}{\\sqrt{3}}}", "\\frac{2}{\\sqrt{3}}"),
+    ("In all 42 ways", "42"),
+  ],
+)
+def test_math_finds_the_answer(math_task, response, answer):
+  assert math_task.validator.extract(response).text == answer
+
+
+def test_math_reads_every_form_of_its_rows(math_task):
+  row = {"problem": "p", "solution": BOX, "type": "Algebra", "level": "Level 5"}
+  problem = math_task.to_problem(row, 3)
+  assert (problem.id, problem.answer, problem.family) == ("math-3", "\\frac{1}{2}", "Algebra")
+  row = {"problem": "p", "solution": "-", "answer": "x", "subject": "Geometry", "unique_id": "g/1"}
+  problem = math_task.to_problem(row, 0)
+  assert (problem.id, problem.answer, problem.family) == ("g/1", "x", "Geometry")
+  with pytest.raises(ValueError, match="boxed"):
+    math_task.to_problem({"problem": "p", "solution": "It is 4."}, 0)
+
+
+@pytest.mark.parametrize(
+  "answer, expected, f1, exact",
+  [
+    ("The Eiffel-Tower!", "eiffeltower", 1.0, True),
+    ("tower, Eiffel", "Eiffel Tower", 1.0, False),
+    ("the old tower of Paris", "Paris tower", 2 * 2 / 6, False),
+    ("a b b", "b b b", 4 / 5, False),  # "a" is an article
+    ("yes, both were", "yes", 0.0, False),
+    ("yes", "no", 0.0, False),
+    ("Yes.", "yes", 1.0, True),
+    ("", "x", 0.0, False),
+  ],
+)
+def test_hotpotqa_scores_tokens(answer, expected, f1, exact):
+  score, same = spans.token_f1(answer, expected)
+  assert score == pytest.approx(f1) and same is exact
+
+
+@pytest.mark.parametrize(
+  "answer, expected, f1, exact",
+  [
+    (["5.0 goals"], ["5 goal"], 0.5, False),
+    (["$1,000"], ["1000"], 1.0, True),
+    (["12 yards"], ["13 yards"], 0.0, False),  # the number decides
+    (["5-yard run"], ["run of 5 yards"], round(4 / 7, 4), False),
+    (["Bo", "Al"], ["Al", "Bo"], 1.0, True),
+    (["Al"], ["Al", "Bo"], 0.5, False),
+    (["Al", "Bo", "Cy", "Di"], ["Bo"], 0.25, False),  # guesses cost
+    (["Al Bo", "Al"], ["Al", "Bo"], round((1 + 2 / 3) / 2, 4), False),
+    (["x", "x y"], ["x", "x"], round((1 + 2 / 3) / 2, 4), False),
+    ([], ["Al"], 0.0, False),
+    (["the"], ["Al"], 0.0, False),
+  ],
+)
+def test_drop_aligns_spans(answer, expected, f1, exact):
+  score, same = spans.drop_f1(answer, expected)
+  assert score == pytest.approx(f1) and same is exact
+
+
+def test_hotpotqa_and_drop_read_aflows_rows_and_the_public_ones():
+  hotpot, drop = make_task({"name": "hotpotqa"}), make_task({"name": "drop"})
+  context = [["T", ["One.", " Two."]], ["U", ["Three."]]]
+  row = {"_id": "5a", "question": "Who?", "answer": "Ida", "context": context, "type": "bridge"}
+  problem = hotpot.to_problem(row, 0)
+  assert problem.prompt == "Context: One.  Two.\nThree.\n\nQuestion: Who?\n\nAnswer:"
+  assert (problem.id, problem.family, problem.hidden["question"]) == ("5a", "bridge", "Who?")
+  columns = {"title": ["T", "U"], "sentences": [["One.", " Two."], ["Three."]]}
+  assert hotpot.to_problem({**row, "context": columns}, 0) == problem
+  for response, score, correct in (
+    ("I think that <answer>Ida</answer>, not Bo.", 1.0, True),
+    ("Ida Solberg", 2 / 3, False),
+  ):
+    grade = asyncio.run(hotpot.grade(problem, response))
+    assert grade.score == pytest.approx(score) and grade.correct is correct
+  for bad in (None, [], "x", [["T", "One."]], {"sentences": [1]}):
+    with pytest.raises(ValueError, match="context"):
+      hotpot.to_problem({**row, "context": bad}, 0)
+
+  problem = drop.to_problem(
+    {"context": "Passage: ...", "completion": "", "ref_text": "a1|b2|a1"}, 7
+  )
+  assert (problem.id, problem.prompt) == ("drop-7", "Passage: ...")
+  for response, score in (("a1", 1.0), ("b2 | a1", 1.0), ("a1|c3|d4|e5", 0.25), ("x", 0.0)):
+    assert asyncio.run(drop.grade(problem, response)).score == score
+  date = {"number": "", "date": {"day": "4", "month": "May", "year": "1820"}, "spans": []}
+  number = {"number": "3", "date": {}, "spans": []}
+  public = {"passage": "p", "question": "q", "query_id": "x"}
+  problem = drop.to_problem({**public, "answer": date, "validated_answers": [number]}, 0)
+  assert problem.answer == [["4 May 1820"], ["3"]] and "Question: q" in problem.prompt
+  hub = drop.to_problem({**public, "answers_spans": {"spans": ["Al", "Bo"], "types": []}}, 0)
+  assert hub.answer == [["Al", "Bo"]]
+  assert (
+    asyncio.run(drop.grade(hub, "Al and Bo")).score
+    < 1
+    == asyncio.run(drop.grade(hub, "<answer>Bo|Al</answer>")).score
+  )
+  with pytest.raises(ValueError, match="ref_text"):
+    drop.to_problem({"context": "x", "ref_text": " | "}, 0)
+
+
+def test_graders_end_soon_on_hostile_text():
+  texts = ["|" * 90_000, "a " * 45_000, "1-" * 45_000, "<answer>" * 12_000, "\\boxed{" * 15_000]
+  texts += ["$" * 90_000, "answer: " * 12_000, "\\[" * 45_000, "|".join(map(str, range(20_000)))]
+  texts += ["9" * 90_000, "\\frac" * 15_000, "the answer is \\(" * 6_000]
+  for name, answer in (("hotpotqa", "1 a"), ("drop", [["1", "2", "a"]]), ("math", "x^2")):
+    task = make_task({"name": name})
+    for text in texts:
+      started = time.process_time()
+      grade = asyncio.run(task.grade(Problem("x", "", answer=answer), text))
+      assert not grade.correct and time.process_time() - started < 1.0, (name, text[:20])
 
 
 def test_gsm8k_takes_the_number_behind_the_hashes(tmp_path):
@@ -342,6 +559,65 @@ def test_many_gradings_at_once_do_not_wait_for_each_other(add_task):
     return await asyncio.gather(*(add_task.grade(problem, r) for r in responses))
 
   assert [g.correct for g in asyncio.run(run())] == [bool(i % 2) for i in range(16)]
+
+
+MERGE = {
+  "task_id": 9,
+  "prompt": "Write a function that counts what is in a list.",
+  "code": "from collections import Counter\ndef helper(x): return x\n"
+  "def tally(items, start=0):\n  return Counter(helper(items))",
+  "test_imports": ["import math"],
+  "test_list": [
+    "assert tally([1, 1, 2]) == {1: 2, 2: 1}",
+    "assert len(tally(['secret'])) == math.floor(1.5)",
+  ],
+}
+
+
+@pytest.mark.parametrize(
+  "response, correct, reason",
+  [
+    (f"```python\n{MERGE['code']}\n```", True, ""),
+    ("def tally(items):\n  return {i: items.count(i) for i in items}", True, ""),
+    ("from collections import defaultdict\ndef tally(items):\n  d = defaultdict(int)\n"
+     "  for i in items: d[i] += 1\n  return d", True, ""),
+    ("def tally(items):\n  return {1: 2, 2: 1}", False, "wrong: a test failed: AssertionError"),
+    ("def count(items):\n  return 1", False, "format"),
+    ("class D(dict):\n  def __eq__(self, o): return True\n  def __len__(self): return 1\n"
+     "def tally(items):\n  return D()", False, "wrong"),
+    ("def tally(items):\n  while True: pass", False, "timeout"),
+  ],
+)  # fmt: skip
+def test_mbpp_is_judged_by_its_assertions(sandbox, response, correct, reason):
+  task = make_task({"name": "mbpp"}, sandbox)
+  problem = task.to_problem(MERGE, 0)
+  assert problem.prompt == MERGE["prompt"] + "\n\ndef tally(items, start=0):"
+  assert problem.public_tests == ("import math\n\nassert tally([1, 1, 2]) == {1: 2, 2: 1}",)
+  grade = asyncio.run(task.grade(problem, response))
+  assert grade.correct is correct and grade.reason.startswith(reason), grade
+  assert "secret" not in grade.reason
+
+
+def test_mbpp_reads_aflows_rows_and_a_function_called_check(sandbox):
+  task = make_task({"name": "mbpp"}, sandbox)
+  row = {"prompt": "Add.\n\ndef add(a, b):", "entry_point": "add", "code": "def add(a, b): ..."}
+  problem = task.to_problem({**row, "test": "def check():\n    assert add(1, 2) == 3\n"}, 4)
+  assert (problem.id, problem.public_tests, problem.prompt) == ("mbpp-4", (), row["prompt"])
+  right, wrong = "def add(a, b): return a + b", "def add(a, b): return 4"
+  assert [asyncio.run(task.grade(problem, r)).correct for r in (right, wrong)] == [True, False]
+  code = "def rev(n): return int(str(n)[::-1])\ndef check(n): return 2 * rev(n) == n + 1"
+  row = {"text": "Odd one.", "code": code, "test_list": ["assert check(73) == True"]}
+  problem = task.to_problem({**row, "entry_point": "check", "test": "def check(): ..."}, 0)
+  assert asyncio.run(task.grade(problem, code)).correct
+  assert not asyncio.run(task.grade(problem, "def check(n): return n")).correct
+  for change, message in (
+    ({"test_list": ["assert f(1)"]}, "calls no function"),
+    ({"test_list": []}, "no field 'test_list'"),
+    ({"code": "def f(:"}, "to be Python"),
+    ({"test_list": "x"}, "list of texts"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      task.to_problem({**row, **change}, 0)
 
 
 def test_a_dead_sandbox_is_nobodys_fault(tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import math
 import random
 import resource
 import signal
+import statistics
 
 import pytest
 from kill_run import Run
@@ -21,6 +23,22 @@ FIGURES = (
   "seed_score", "best_score", "test_score_seed", "test_score_best", "valid_rate_first",
   "valid_rate_last", "proposal_score_before", "proposal_score_after", "proposal_gain_interval",
   "updates", "rounds", "llm_calls", "tokens_per_second", "wall_seconds", "workdir",
+)  # fmt: skip
+
+RESULTS = (
+  "reward", "reward_std", "rewards/stage/mean", "rewards/score/mean", "frac_reward_zero_std",
+  "completions/mean_length", "completions/min_length", "completions/max_length",
+  "completions/clipped_ratio", "loss", "policy_loss", "entropy", "kl", "clip_ratio/low_mean",
+  "clip_ratio/high_mean", "clip_ratio/region_mean", "grad_norm", "learning_rate",
+  "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
+  "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/mean",
+  "sampling/importance_sampling_ratio/max", "mcts/pass@1", "mcts/pass@4", "mcts/total_rounds",
+  "mcts/success", "mcts/best_score", "mcts/tree_depth", "mcts/duplicates",
+  "mcts/stage/full/passed", "mcts/stage/full/failed", "checkpoint_quality",
+)  # fmt: skip
+TIMINGS = (
+  "perf/tokens_per_second", "perf/mfu", "perf/mbu", "perf/peak_memory_gb", "time/search",
+  "time/rollout", "time/evaluate", "time/update", "time/step",
 )  # fmt: skip
 
 
@@ -51,6 +69,71 @@ def test_a_run_reports_every_figure_and_leaves_every_file(whole):
   rows = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
   assert [r["step"] for r in rows if r["level"] == "batch"] == [1, 2]
   assert not [name for row in rows for name in row if name.startswith(("time/", "perf/"))]
+
+
+def read(path):
+  return [json.loads(x) for x in path.read_text().splitlines()]
+
+
+def test_every_metric_is_there_and_agrees_with_the_trajectories(whole):
+  """Names of the documentation; values computed here from what the run wrote of its proposals."""
+  folder, _ = whole
+  rows = read(folder / "metrics.jsonl")
+  batches = [row for row in rows if row["level"] == "batch"]
+  (epoch,) = [row for row in rows if row["level"] == "epoch"]
+  size = 4  # of a group
+  for row in batches:
+    assert not [name for name in RESULTS if row.get(name) is None]
+    made = read(folder / "trajectories" / f"round_{row['step']:04d}.jsonl")
+    rewards = [x["reward"] for x in made]
+    assert row["reward"] == pytest.approx(statistics.fmean(rewards))
+    groups = {x["group"]: [y["reward"] for y in made if y["group"] == x["group"]] for x in made}
+    spread = [statistics.stdev(g) for g in groups.values()]
+    assert row["reward_std"] == pytest.approx(statistics.fmean(spread))
+    assert row["frac_reward_zero_std"] == pytest.approx(sum(s == 0 for s in spread) / len(spread))
+    for part in ("stage", "score"):
+      values = [x["parts"][part] for x in made]
+      assert row[f"rewards/{part}/mean"] == pytest.approx(statistics.fmean(values))
+    lengths = [x["tokens"] for x in made]
+    assert row["completions/mean_length"] == pytest.approx(statistics.fmean(lengths))
+    assert row["completions/min_length"] == min(lengths)
+    assert row["completions/max_length"] == max(lengths)
+    cut = sum(x["finish_reason"] == "length" for x in made)
+    assert row["completions/clipped_ratio"] == pytest.approx(cut / len(made))
+    for k in (1, size):
+      assert row[f"mcts/pass@{k}"] == pytest.approx(proposals_pass_at_k(made, k))
+    for stage in ("format", "static", "smoke", "subset"):
+      failed = sum(x["failure"] is not None and x["stage"] == stage for x in made)
+      assert row[f"mcts/stage/{stage}/failed"] == failed
+    assert row["mcts/total_rounds"] == row["step"]
+    assert row["checkpoint_quality"] == (row["mcts/best_score"] > row["mcts/seed_score"])
+  each = [row[f"mcts/pass@{size}"] for row in batches]
+  assert epoch["avg_pass_at_k"] == pytest.approx(statistics.fmean(each))
+  assert epoch["checkpoint_quality"] == batches[-1]["checkpoint_quality"]
+  assert epoch["loss"] == pytest.approx(statistics.fmean(row["loss"] for row in batches))
+
+
+def proposals_pass_at_k(made, k):
+  """Mean over the problems of 1 - C(n - c, k) / C(n, k)."""
+  ids = {id for x in made if x["score"] is not None for id in x["scores"]}
+  solved = {id: sum(x["scores"].get(id, 0) == 1 for x in made if x["score"] is not None)
+            for id in ids}  # fmt: skip
+  n = len(made)
+  return statistics.fmean(1 - math.comb(n - c, k) / math.comb(n, k) for c in solved.values())
+
+
+def test_timings_name_every_part_and_add_up(whole):
+  timings = read(whole[0] / "timings.jsonl")
+  rounds = [row for row in timings if "time/step" in row]
+  assert [row["step"] for row in rounds] == [1, 2]
+  for row in rounds:
+    assert not [name for name in TIMINGS if not row.get(name, 0.0) > 0.0]
+    assert row["time/step"] == pytest.approx(row["time/search"] + row["time/update"])
+    assert max(row["time/rollout"], row["time/evaluate"]) <= row["time/search"]
+    assert row["perf/mfu"] < 1.5  # of a measured peak
+  saved = [row["step"] for row in timings if row.get("time/checkpoint", 0.0) > 0.0]
+  assert saved[:2] == [1, 2] and all("time/checkpoint" not in row for row in rounds[1:])
+  assert rounds[0]["perf/compile_seconds"] > 0.0
 
 
 def test_a_complete_run_goes_on_when_more_rounds_are_asked_for(whole, tmp_path):

@@ -12,8 +12,7 @@ from search_world import PROBLEMS, SEED, in_order, make_search, reply, run_round
 
 from awf.sandbox import Sandbox, SandboxConfig
 from awf.search.tree import replay
-from awf.search.workspace import Workspace
-from awf.types import UserError, WorkflowSource
+from awf.types import WorkflowSource
 from awf.workflow.contract import PRELOAD, graph_header
 
 REPLIES = (
@@ -228,19 +227,3 @@ def test_a_workspace_of_aflow_is_continued(sandbox, tmp_path):
   run_rounds(lost, 1)
   assert lost.tree == tree
   assert [r["round"] for r in load(path / "results.json")] == [1, 1, 2, 4, 5]
-
-
-def test_broken_files_are_the_users_mistake(tmp_path):
-  path = aflow_workspace(tmp_path)
-  workspace = Workspace(tmp_path, "AIME", "math")
-  assert workspace.is_foreign()
-  (path / "round_2" / "graph.py").unlink()
-  with pytest.raises(UserError, match="round_2"):
-    workspace.adopt(PROBLEMS)
-  (path / "results.json").write_text("[{]")
-  with pytest.raises(UserError, match="results.json is not JSON"):
-    workspace.is_foreign()
-  (path / "results.json").write_text("")
-  assert not workspace.is_foreign()
-  with pytest.raises(UserError, match="round 1"):
-    workspace.adopt(PROBLEMS)

@@ -27,10 +27,11 @@ class Sampling(NamedTuple):
   temperature: float = 1.0
   top_p: float = 1.0
   top_k: int = 0
+  min_p: float = 0.0
 
   @property
   def is_truncated(self) -> bool:
-    return self.top_p < 1 or self.top_k > 0
+    return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 PLAIN = Sampling()
@@ -356,7 +357,10 @@ def _kept(logits_BcV, data, scalars, sampling, keeps_support):
     flat = jax.lax.stop_gradient(logits_BcV).reshape(-1, shape[-1])
     rows = flat.shape[:1]
     is_kept = support(
-      flat, jnp.full(rows, sampling.top_p, jnp.float32), jnp.full(rows, sampling.top_k, jnp.int32)
+      flat,
+      jnp.full(rows, sampling.top_p, jnp.float32),
+      jnp.full(rows, sampling.top_k, jnp.int32),
+      jnp.full(rows, sampling.min_p, jnp.float32),
     ).reshape(shape)
     index = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
     return is_kept | (index == data["target"][..., None])

@@ -50,7 +50,15 @@ from awf.qwen.looped import looped_hidden
 from awf.qwen.lora import LoRAConfig, init_lora, scaled
 from awf.qwen.model import Attend, Qwen, head_kernel
 from awf.remat import remat_name
-from awf.sharding import abstract, is_abstract, make_mesh, replicated, tree_shardings
+from awf.sharding import (
+  abstract,
+  fetch,
+  is_abstract,
+  make_mesh,
+  place,
+  replicated,
+  tree_shardings,
+)
 from awf.types import Rollout
 
 _MIN_STEPS = 8  # room for this many passes from the start, so that small batches share a shape
@@ -77,6 +85,7 @@ class GRPOTrainer:
   Attributes:
     state: TrainState; replace it to resume (same structure, any placement).
     traces: how often the step was traced; 1 until a longer row or a larger batch needs more room.
+    flops: what the last update's passes had to compute (`Update.flops`).
 
   Args:
     model_config: architecture and compute dtype.
@@ -88,8 +97,8 @@ class GRPOTrainer:
     optim: the optimiser.
     mesh: rows go over its data and fsdp axes; None is one device.
     key: typed PRNG key.
-    temperature, top_p, top_k: the sampler's. The policy that is trained is the distribution that
-      tokens were drawn from: tempered, cut and renormalised.
+    temperature, top_p, top_k, min_p: the sampler's. The policy that is trained is the distribution
+      that tokens were drawn from: tempered, cut and renormalised.
     is_looped: one loop over the layers (awf.qwen.looped) instead of a program with all of them;
       None: on a TPU.
 
@@ -110,11 +119,12 @@ class GRPOTrainer:
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     is_looped: bool | None = None,
   ):
     self.grpo, self.optim, self.lora_config = grpo, optim, lora_config
-    self.mesh = make_mesh(1, devices=jax.devices()[:1]) if mesh is None else mesh
-    self._config = model_config
+    self.mesh = make_mesh(1, devices=jax.local_devices()[:1]) if mesh is None else mesh
+    self._config, self.num_parameters = model_config, model_config.num_parameters
     platform = self.mesh.devices.flat[0].platform
     self.is_looped = platform == "tpu" if is_looped is None else is_looped
     self._params = params
@@ -125,7 +135,7 @@ class GRPOTrainer:
     self._num_steps = _MIN_STEPS  # likewise; padded steps cost a few integers
     self._optimizer = make_optimizer(optim)
     # A sampler at temperature 0 records log-probs of the plain softmax.
-    self.sampling = Sampling(temperature, top_p, top_k) if temperature > 0 else Sampling()
+    self.sampling = Sampling(temperature, top_p, top_k, min_p) if temperature > 0 else Sampling()
     keeps_support = self.sampling.is_truncated and grpo.steps_per_batch > 1
     self._support_bytes = -(-model_config.vocab_size // 8) if keeps_support else 0
     self._token_loss = partial(
@@ -135,7 +145,7 @@ class GRPOTrainer:
       keeps_support=keeps_support,
     )
     self.head_chunk = min(grpo.vocab_chunk, head_chunk(model_config.vocab_size))
-    self.traces = 0
+    self.traces, self.flops = 0, 0.0
 
     def first_state(key: jax.Array) -> TrainState:
       init_key, key = jax.random.split(key)
@@ -156,7 +166,7 @@ class GRPOTrainer:
     else:
       # A copy: the state is donated, the caller's arrays are not.
       state = jax.tree.map(jnp.copy, first_state(key))
-      self.state = jax.device_put(state, tree_shardings(state, self.mesh))
+      self.state = place(state, tree_shardings(state, self.mesh))
     self._step = jax.jit(self._train_step, donate_argnums=0)
     self._score = jax.jit(self._score_batch)
     self._row_gradient = jax.jit(partial(gradient_of_rows, grpo))
@@ -203,7 +213,7 @@ class GRPOTrainer:
     if layout.size:
       lora = {} if is_base else self.state.lora
       logp_ZBU = self._score(lora, self._params, self._place(batch))["logp"]
-      logp_n = layout.out_of(batch, np.asarray(logp_ZBU))
+      logp_n = layout.out_of(batch, fetch(logp_ZBU))
     return np.split(logp_n.astype(np.float32), np.cumsum(layout.length_B)[:-1])
 
   def pack(self, rollouts: Sequence[Rollout]) -> Batch[np.ndarray]:
@@ -246,7 +256,7 @@ class GRPOTrainer:
 
   def _place(self, tree: Any) -> Any:
     """Host arrays to the devices: [Z, B, ...] with bins over data and fsdp, the rest whole."""
-    return jax.tree.map(jax.device_put, tree, self._shardings(tree))
+    return place(tree, self._shardings(tree))
 
   def _shardings(self, tree: Any) -> Any:
     rows = NamedSharding(self.mesh, PartitionSpec(None, ("data", "fsdp")))

@@ -25,6 +25,7 @@ from awf.grpo.rows import (
   sampling_metrics,
   shaped_rewards,
 )
+from awf.sharding import fetch
 from awf.types import Rollout
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Update:
   def run(self) -> dict[str, float]:
     """Steps of the trainer's state; returns the metrics (`GRPOTrainer.update`)."""
     grpo, rollouts = self.grpo, self.rollouts
+    self.trainer.flops = 0.0
     reward_B, _ = shaped_rewards(rollouts, grpo)
     metrics = rollout_metrics(rollouts, grpo)
     if any(math.isinf(r.reward) for r in rollouts):  # NaN is a row without a reward, this is none
@@ -71,10 +73,24 @@ class Update:
     self.placed = self.trainer._place(self.batch)
     self.data = self._data(plan)
     steps = jax.device_get([self._step(i, plan) for i in range(grpo.steps_per_batch)])
+    self.trainer.flops = self.flops()
     metrics |= mean_of_sound(steps)
     if self.kl_n is not None:
       metrics["kl"] = float(self.kl_n[self.layout.is_in(self.batch)].mean())
     return metrics | self._sampling_metrics()
+
+  def flops(self) -> float:
+    """Model FLOPs of the batch's passes: 2N a token forward, as many backward to the activations.
+
+    N are the base's parameters (a tied head once) and tokens those that were computed: a prompt
+    that completions share counts once. Attention and the adapter are left out, as is what remat
+    computes again.
+    """
+    grpo, steps = self.grpo, self.grpo.steps_per_batch
+    passes = 2 * steps + grpo.has_kl_in_loss  # forward and backward; the reference
+    passes += grpo.needs_old_logp + grpo.has_kl_in_reward
+    passes += (steps - 1) * grpo.is_sequence_loss + (1 + steps) * grpo.has_critic
+    return 2.0 * self.trainer.num_parameters * self.batch.num_tokens * passes
 
   def _step(self, number: int, plan: Plan) -> dict[str, jax.Array]:
     """One optimiser step; its metrics."""
@@ -103,15 +119,15 @@ class Update:
     placed = self.trainer._place(batch)
     if grpo.needs_old_logp:
       now = self.trainer._score(self.trainer.state.lora, self.trainer._params, placed)
-      self.old_logp_n = layout.out_of(batch, np.asarray(now["logp"]))
+      self.old_logp_n = layout.out_of(batch, fetch(now["logp"]))
       if grpo.has_kl_in_reward:
         ref = self.trainer._score({}, self.trainer._params, placed)
         kl_ZBU = kl_estimate(uncut(now), uncut(ref), grpo.kl)
-        self.kl_n = layout.out_of(batch, np.asarray(kl_ZBU))
+        self.kl_n = layout.out_of(batch, fetch(kl_ZBU))
     if grpo.has_critic:
       head = self.trainer.state.extra["critic"]["head"]
       self.value_n = layout.out_of(
-        batch, np.asarray(self.trainer._values(head, self.trainer._params, placed))
+        batch, fetch(self.trainer._values(head, self.trainer._params, placed))
       )
 
   def _data(self, plan: Plan) -> dict[str, Any]:
@@ -164,12 +180,12 @@ class Update:
 
   def _sampling_metrics(self) -> dict[str, float]:
     keep, out_of = self.layout.is_in(self.batch), partial(self.layout.out_of, self.batch)
-    old_logp = out_of(np.asarray(self.data["old_logp"]))[keep]
+    old_logp = out_of(fetch(self.data["old_logp"]))[keep]
     sampler_logp, weight = sampler_logps(self.rollouts, self.layout)[keep], None
     if self.grpo.importance != "none":
       data = self.data
       if "importance" not in data:
         args = (self.placed, data["old_logp"], data["sampler_logp"])
         data["importance"] = self.trainer._importance(*args)
-      weight = out_of(np.asarray(data["importance"]))[keep]
+      weight = out_of(fetch(data["importance"]))[keep]
     return sampling_metrics(old_logp, sampler_logp, weight)

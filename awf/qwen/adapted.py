@@ -17,7 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awf.qwen.quant import Kernel, QuantKernel, at_compute_dtype, matmul, matmul_transposed
+from awf.qwen.quant import (
+  Kernel,
+  QuantKernel,
+  Transposed,
+  at_compute_dtype,
+  matmul,
+  matmul_transposed,
+)
 
 MERGE_ROWS = 256  # fewer do not pay for the sum of the matrices
 
@@ -46,7 +53,7 @@ def _forward(x, kernel, a, b):
     return base + ((x.astype(a.dtype) @ a) @ b).astype(x.dtype)
 
   def merged(x, kernel, a, b):
-    return x @ _sum(x, kernel, a, b)
+    return matmul(x, _sum(x, kernel, a, b))
 
   if not _is_merged(x, kernel):
     return beside(x, kernel, a, b)
@@ -63,18 +70,22 @@ def _d_input(d_y, d_low, kernel, a, b):
 
   def merged(d_y, d_low, kernel, a, b):
     del d_low
-    return jnp.einsum("...o,io->...i", d_y, _sum(d_y, kernel, a, b))
+    return matmul_transposed(d_y, _sum(d_y, kernel, a, b))
 
   if not _is_merged(d_y, kernel):
     return beside(d_y, d_low, kernel, a, b)
   return jax.lax.platform_dependent(d_y, d_low, kernel, a, b, cpu=merged, default=beside)
 
 
-def _sum(x, kernel, a, b):
-  """W + a b, as a function of `x`: else XLA would keep it from the forward to the backward pass, or
-  make the sums of all matrices before a loop, a copy of the whole base.
+def _sum(x, kernel, a, b) -> Kernel:
+  """W + a b in the layout of W, as a function of `x`.
+
+  Else XLA would keep it from the forward to the backward pass, or make the sums of all matrices
+  before a loop, a copy of the whole base.
   """
   zero = jnp.floor(jnp.clip(jnp.abs(x[(0,) * x.ndim]), 0.0, 0.5)).astype(a.dtype)
+  if isinstance(kernel, Transposed):
+    return Transposed(kernel.table.astype(x.dtype) + jnp.einsum("ir,ro->oi", a + zero, b))
   return kernel.astype(x.dtype) + (a + zero) @ b
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -56,6 +57,7 @@ def load_params(
   dtype: str = "float32",
   mesh: Mesh | None = None,
   quant: QuantConfig | None = None,
+  is_turned: bool = False,
 ) -> dict[str, Any]:
   """Reads the weights, tensor by tensor, onto the default device or sharded over a mesh.
 
@@ -68,6 +70,7 @@ def load_params(
     dtype: stored dtype: float32, bfloat16 or float16.
     mesh: where the parameters live; None is the default device.
     quant: the layout to load them in; None is the float one.
+    is_turned: float matrices as `kernel_t` [out, in] (awf.qwen.quant), on one device.
 
   Raises:
     UserError: all missing, unexpected and ill-shaped tensors in one message, or an unreadable file.
@@ -75,7 +78,7 @@ def load_params(
   if dtype not in DTYPES:
     raise UserError(f"config.model.dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
   folder, quant = resolve_path(path), quant or QuantConfig()
-  began, layout = time.perf_counter(), checkpoint_layout(config)
+  began, layout = time.perf_counter(), checkpoint_layout(config, is_turned)
   leaves = {where: leaves_of(where, t.shape, DTYPES[dtype], quant) for where, t in layout.items()}
   shards = check_weights(folder, config)
   order = {name: i for i, name in enumerate(shards.tensors)}  # one file after the other
@@ -291,15 +294,19 @@ def base_hash(params: Mapping[str, Any]) -> str:
   """Hex digest of names, shapes, dtypes and bits of all parameters, whatever device or mesh."""
   digest = hashlib.sha256()
   for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda x: str(x[0])):
-    name = jax.tree_util.keystr(path)
-    lanes = np.asarray(_mix_bits(leaf)).tolist()
-    digest.update(json.dumps([name, list(leaf.shape), str(leaf.dtype), lanes]).encode())
+    name, shape = jax.tree_util.keystr(path), list(leaf.shape)
+    is_turned = path[-1].key == "kernel_t"
+    if is_turned:  # hashed as the matrix that it is
+      name, shape = name.replace("kernel_t", "kernel"), shape[::-1]
+    lanes = np.asarray(_mix_bits(leaf, is_turned)).tolist()
+    digest.update(json.dumps([name, shape, str(leaf.dtype), lanes]).encode())
   return digest.hexdigest()[:32]
 
 
-@jax.jit
-def _mix_bits(x: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1)
+def _mix_bits(x: jax.Array, is_turned: bool) -> jax.Array:
   """Two 32-bit sums over all elements, each mixed with its index (MurmurHash3's finaliser)."""
+  x = x.T if is_turned else x
   if jnp.issubdtype(x.dtype, jnp.integer):
     bits = x.astype(jnp.int32).astype(jnp.uint32)
   else:

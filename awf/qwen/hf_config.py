@@ -142,8 +142,8 @@ def generation_defaults(path: str | os.PathLike[str]) -> dict[str, float | int]:
   """Sampling that a checkpoint's generation_config.json asks for.
 
   Returns:
-    Those of temperature, top_p and top_k that it sets; temperature 0 where it turns sampling off;
-    nothing without the file. Its stop ids are the tokenizer's (awf.qwen.tokenizer).
+    Those of temperature, top_p, top_k and min_p that it sets; temperature 0 where it turns sampling
+    off; nothing without the file. Its stop ids are the tokenizer's (awf.qwen.tokenizer).
 
   Raises:
     UserError: the file is no JSON object, or a value is no number.
@@ -153,7 +153,8 @@ def generation_defaults(path: str | os.PathLike[str]) -> dict[str, float | int]:
     return {}
   raw = read_json(file)
   found: dict[str, float | int] = {}
-  for name, kind in (("temperature", float), ("top_p", float), ("top_k", int)):
+  kinds = {"temperature": float, "top_p": float, "top_k": int, "min_p": float}
+  for name, kind in kinds.items():
     value = raw.get(name)
     if value is None:
       continue

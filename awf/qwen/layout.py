@@ -33,8 +33,11 @@ class Tensor:
     return self.shape[::-1] if self.is_transposed else self.shape
 
 
-def checkpoint_layout(config: QwenConfig) -> dict[Where, Tensor]:
-  """Our parameter path -> tensor of a Hugging Face checkpoint, in file order."""
+def checkpoint_layout(config: QwenConfig, is_turned: bool = False) -> dict[Where, Tensor]:
+  """Our parameter path -> tensor of a Hugging Face checkpoint, in file order.
+
+  `is_turned`: matrices lie as the checkpoint has them, `kernel_t` [out, in] (awf.qwen.quant).
+  """
   c, d = config, config.hidden_size
   layout: dict[Where, Tensor] = {}
   layout["embed", "embedding"] = Tensor("model.embed_tokens.weight", (c.vocab_size, d))
@@ -45,15 +48,24 @@ def checkpoint_layout(config: QwenConfig) -> dict[Where, Tensor]:
     ours, theirs = f"layers_{i}", f"model.layers.{i}"
     for name, shape in target_shapes(c).items():
       prefix = f"{theirs}.{parent_module(name)}.{name}"
-      layout[ours, name, "kernel"] = Tensor(f"{prefix}.weight", shape, True)
+      leaf, tensor = _matrix(f"{prefix}.weight", shape, is_turned)
+      layout[ours, name, leaf] = tensor
       if c.qkv_bias and name in ("q_proj", "k_proj", "v_proj"):
         layout[ours, name, "bias"] = Tensor(f"{prefix}.bias", shape[1:])
     for name, size in norms.items():
       layout[ours, name.rpartition(".")[2], "scale"] = Tensor(f"{theirs}.{name}.weight", (size,))
   layout["norm", "scale"] = Tensor("model.norm.weight", (d,))
   if not c.tie_word_embeddings:
-    layout["lm_head", "kernel"] = Tensor("lm_head.weight", (d, c.vocab_size), True)
+    leaf, tensor = _matrix("lm_head.weight", (d, c.vocab_size), is_turned)
+    layout["lm_head", leaf] = tensor
   return layout
+
+
+def _matrix(name: str, shape: tuple[int, ...], is_turned: bool) -> tuple[str, Tensor]:
+  """(leaf, tensor) of a matrix [in, out] that a checkpoint stores as [out, in]."""
+  if is_turned:
+    return "kernel_t", Tensor(name, shape[::-1])
+  return "kernel", Tensor(name, shape, True)
 
 
 def leaves_of(

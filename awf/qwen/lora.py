@@ -173,9 +173,11 @@ def merge(params: dict[str, Any], scaled_lora: Lora) -> dict[str, Any]:
   for layer, targets in scaled_lora.items():
     merged[layer] = dict(params[layer])
     for target, leaf in targets.items():
-      kernel = params[layer][target]["kernel"]
-      total = kernel.astype(jnp.float32) + leaf["a"] @ leaf["b"]
-      merged[layer][target] = {**params[layer][target], "kernel": total.astype(kernel.dtype)}
+      delta = leaf["a"] @ leaf["b"]
+      name = "kernel_t" if "kernel_t" in params[layer][target] else "kernel"
+      kernel = params[layer][target][name]
+      total = kernel.astype(jnp.float32) + (delta.T if name == "kernel_t" else delta)
+      merged[layer][target] = {**params[layer][target], name: total.astype(kernel.dtype)}
   return merged
 
 

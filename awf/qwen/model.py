@@ -48,10 +48,8 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTi: jax.Array, adapter_B: jax.Array | None = None) -> jax.Array:
-    if self.has_variable("params", "kernel_q"):
-      kernel: Kernel = QuantKernel(
-        self.get_variable("params", "kernel_q"), self.get_variable("params", "kernel_scale")
-      )
+    if self.has_variable("params", "kernel_q") or self.has_variable("params", "kernel_t"):
+      kernel: Kernel = linear_kernel(self.variables["params"])
     else:
       shape = (x_BTi.shape[-1], self.features)
       kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
@@ -294,7 +292,7 @@ class _HeadWeights(nn.Module):
 
   @nn.compact
   def __call__(self, width: int) -> None:
-    if self.has_variable("params", "kernel_q"):
+    if self.has_variable("params", "kernel_q") or self.has_variable("params", "kernel_t"):
       return
     self.param("kernel", nn.initializers.normal(0.02), (width, self.vocab_size))
 

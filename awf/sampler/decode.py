@@ -7,7 +7,7 @@ are static, so sampling fields, stop ids, seeds, lengths and work lists never co
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Generic, cast
+from typing import Any, Generic, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ IDLE, RUNNING, STOPPED, FULL = 0, 1, 2, 3  # status of a row
 # Columns of the packed row table; floats travel as their bits.
 COLUMNS = (
   "status", "token", "position", "made", "limit", "seed_high", "seed_low", "sample", "top_k",
-  "adapter", "temperature", "top_p", "stop",
+  "adapter", "temperature", "top_p", "min_p", "wants_full", "stop",
 )  # fmt: skip
 COLUMN = {name: i for i, name in enumerate(COLUMNS)}
 NUM_COLUMNS = len(COLUMNS) - 1 + MAX_STOP_IDS  # `stop` is the first of MAX_STOP_IDS columns
@@ -78,6 +78,25 @@ class Work(Generic[ArrayT]):
   prompt_A: ArrayT  # int32 [rows], prompt of each share group
   # int32 [4]: prefill calls, share groups, decode steps, finished rows that end the loop early
   counts_4: ArrayT
+
+  def rows_used(self) -> int:
+    """First rows, prompts and share groups that hold all there is to do."""
+    running = np.flatnonzero(np.asarray(self.table_BX)[:, COLUMN["status"]] == RUNNING)
+    prompts = np.flatnonzero(np.asarray(self.known_S))
+    return max(1, *(int(x[-1]) + 1 for x in (running, prompts) if len(x)), int(self.counts_4[1]))
+
+  def first_rows(self, rows: int) -> Work[ArrayT]:
+    """The same for a program of fewer rows; padding, which named row B, lies beyond them still."""
+    names = ("table_BX", "pages_SC", "known_S", "rows_AM", "prompt_A")
+    return dataclasses.replace(self, **{name: getattr(self, name)[:rows] for name in names})
+
+  def only_prefill(self) -> Work[ArrayT]:
+    """The same without decode steps."""
+    return dataclasses.replace(self, counts_4=self.counts_4 * np.asarray([1, 1, 0, 1], np.int32))
+
+  def only_decode(self) -> Work[ArrayT]:
+    """The same without prefill calls."""
+    return dataclasses.replace(self, counts_4=self.counts_4 * np.asarray([0, 1, 1, 1], np.int32))
 
 
 def empty_work(shapes: Shapes) -> Work[np.ndarray]:
@@ -147,8 +166,9 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
   def column(name):
     return table[:, COLUMN[name]]
 
-  temperature_B, top_p_B = (
-    jax.lax.bitcast_convert_type(column(name), jnp.float32) for name in ("temperature", "top_p")
+  temperature_B, top_p_B, min_p_B = (
+    jax.lax.bitcast_convert_type(column(name), jnp.float32)
+    for name in ("temperature", "top_p", "min_p")
   )
   stop_BX = table[:, COLUMN["stop"] :]
   seed_B2 = jax.lax.bitcast_convert_type(
@@ -166,7 +186,7 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
     return (i < work.counts_4[2]) & (num_running > 0) & is_wanted
 
   def step(carry):
-    i, cache, rows, out_S2B = carry
+    i, cache, rows, out_S3B = carry
     is_running_B = rows.status_B == RUNNING
     attend = decode_attend(
       rows.made_B, is_running_B, sharing, shapes.group, shapes.at_once, shapes.is_pinned
@@ -177,35 +197,39 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
     )  # fmt: skip
     logits_BV = head(params, hidden_B1D[:, 0])
     uniform_B = jax.lax.dynamic_index_in_dim(uniform_SB, i, 0, keepdims=False)
-    id_B, logp_B = draw(logits_BV, uniform_B, temperature_B, top_p_B, column("top_k"))
+    id_B, logp_B, full_B = draw(
+      logits_BV, uniform_B, temperature_B, top_p_B, column("top_k"), min_p_B,
+      (column("wants_full") > 0) & is_running_B,
+    )  # fmt: skip
     made_B = rows.made_B + 1
     status_B = jnp.where(made_B >= column("limit"), FULL, RUNNING)
     status_B = jnp.where(jnp.any(id_B[:, None] == stop_BX, axis=-1), STOPPED, status_B)
-    bits_B = jax.lax.bitcast_convert_type(logp_B, jnp.int32)
-    out_S2B = jax.lax.dynamic_update_index_in_dim(out_S2B, jnp.stack([id_B, bits_B]), i, 0)
+    bits_2B = jax.lax.bitcast_convert_type(jnp.stack([logp_B, full_B]), jnp.int32)
+    drawn_3B = jnp.concatenate([id_B[None], bits_2B])
+    out_S3B = jax.lax.dynamic_update_index_in_dim(out_S3B, drawn_3B, i, 0)
     rows = Rows(
       jnp.where(is_running_B, id_B, rows.token_B),
       jnp.where(is_running_B, rows.position_B + 1, rows.position_B),
       jnp.where(is_running_B, status_B, rows.status_B),
       jnp.where(is_running_B, made_B, rows.made_B),
     )
-    return i + 1, cache, rows, out_S2B
+    return i + 1, cache, rows, out_S3B
 
   rows = Rows(column("token"), column("position"), column("status"), column("made"))
-  out_S2B = jnp.zeros((shapes.steps, 2, shapes.rows), jnp.int32)
-  steps, cache, rows, out_S2B = jax.lax.while_loop(
-    is_going, step, (jnp.int32(0), cache, rows, out_S2B)
+  out_S3B = jnp.zeros((shapes.steps, 3, shapes.rows), jnp.int32)
+  steps, cache, rows, out_S3B = jax.lax.while_loop(
+    is_going, step, (jnp.int32(0), cache, rows, out_S3B)
   )
   tail = jnp.stack([rows.status_B, rows.made_B, jnp.full_like(rows.made_B, steps)])
-  return cache, jnp.concatenate([out_S2B.reshape(-1, shapes.rows), tail])
+  return cache, jnp.concatenate([out_S3B.reshape(-1, shapes.rows), tail])
 
 
 def dispatch(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work: Work[jax.Array]):
   """Prefills prompts into their pages, then decodes.
 
   Returns:
-    (cache, int32 [2 * steps + 3, B]: for each step ids and log-prob bits, then status, tokens made,
-    steps run).
+    (cache, int32 [3 * steps + 3, B]: for each step ids, bits of log-probs as drawn and before the
+    cut, then status, tokens made, steps run).
   """
   # The names tell the parts of the compiled program apart (awf.plan).
   with jax.named_scope("prefill"):
@@ -229,10 +253,24 @@ def compile_dispatch(config: QwenConfig, shapes: Shapes, on_trace=None):
   return jax.jit(traced, donate_argnums=(2,))
 
 
-def unpack(packed: np.ndarray, steps: int):
-  """Splits the packed result: (ids [S, B], log-probs [S, B], status [B], made [B], steps run)."""
-  pairs = packed[: 2 * steps].reshape(steps, 2, -1)
-  return pairs[:, 0], pairs[:, 1].view(np.float32), packed[-3], packed[-2], int(packed[-1, 0])
+class Drawn(NamedTuple):
+  """What a dispatch drew."""
+
+  ids_SB: np.ndarray
+  logp_SB: np.ndarray  # as drawn
+  full_SB: np.ndarray  # before the cut, where it was wanted
+  status_B: np.ndarray
+  made_B: np.ndarray  # tokens drawn so far, those of earlier dispatches included
+  steps: int  # run
+
+
+def unpack(packed: np.ndarray, steps: int) -> Drawn:
+  """Splits the packed result."""
+  ids_SB, logp_SB, full_SB = np.moveaxis(packed[: 3 * steps].reshape(steps, 3, -1), 1, 0)
+  return Drawn(
+    ids_SB, logp_SB.view(np.float32), full_SB.view(np.float32), packed[-3], packed[-2],
+    int(packed[-1, 0]),
+  )  # fmt: skip
 
 
 def float_bits(x: float) -> int:

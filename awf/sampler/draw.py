@@ -1,4 +1,4 @@
-"""Draws one token per row: temperature, top-k and top-p without a sort, one uniform per row.
+"""Draws one token per row: temperature, top-k, top-p, min-p without a sort, one uniform per row.
 
 Everything is traced per row, so no value of a sampling field compiles anew, and each row is
 computed from its own logits and its own counter-based uniform alone.
@@ -67,16 +67,21 @@ def _largest_threshold(bits_BV: jax.Array, is_enough) -> jax.Array:
   return jax.lax.while_loop(is_open, step, start)[1]
 
 
-def support_threshold(scaled_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array) -> jax.Array:
+def support_threshold(
+  scaled_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array, min_p_B: jax.Array
+) -> jax.Array:
   """Per-row threshold of the kept support, as ordered bits: token v is kept if its bits reach it.
 
-  Top-k first, then top-p on what is left, as Hugging Face's warpers do. Tokens that tie with the
-  last kept one are kept too.
+  Top-k first, then top-p on what is left, then min-p, in the order of Hugging Face's warpers.
+  Min-p compares with the likeliest token, which no cut takes away, so only its order to top-p
+  matters (vLLM cuts by min-p first, and top-p then counts the mass of what is left: it keeps the
+  same tokens or fewer). Tokens that tie with the last kept one are kept too.
 
   Args:
     scaled_BV: float32 [B, V], logits divided by the temperature.
     top_p_B: float32 [B] in (0, 1]; 1 is off.
     top_k_B: int32 [B]; 0 is off.
+    min_p_B: float32 [B] in [0, 1], least probability as a share of the likeliest token's; 0 is off.
 
   Returns:
     uint32 [B].
@@ -101,12 +106,22 @@ def support_threshold(scaled_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Arr
     threshold_B = jax.lax.cond(jnp.any(top_k_B > 0), by_count, lambda _: none_B, None)
   threshold_B = jnp.where(top_k_B > 0, threshold_B, none_B)
   with jax.named_scope("top_p"):
-    return jax.lax.cond(jnp.any(top_p_B < 1), by_mass, lambda low_B: low_B, threshold_B)
+    threshold_B = jax.lax.cond(jnp.any(top_p_B < 1), by_mass, lambda low_B: low_B, threshold_B)
+
+  def by_peak(low_B):
+    least_B = _ordered_bits(jnp.max(scaled_BV, axis=-1) + jnp.log(min_p_B))
+    return jnp.where(min_p_B > 0, jnp.maximum(low_B, least_B), low_B)
+
+  with jax.named_scope("min_p"):
+    return jax.lax.cond(jnp.any(min_p_B > 0), by_peak, lambda low_B: low_B, threshold_B)
 
 
-def support(scaled_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array) -> jax.Array:
+def support(
+  scaled_BV: jax.Array, top_p_B: jax.Array, top_k_B: jax.Array, min_p_B: jax.Array
+) -> jax.Array:
   """bool [B, V]: the tokens that `draw` can give; arguments as of `support_threshold`."""
-  return _ordered_bits(scaled_BV) >= support_threshold(scaled_BV, top_p_B, top_k_B)[:, None]
+  threshold_B = support_threshold(scaled_BV, top_p_B, top_k_B, min_p_B)
+  return _ordered_bits(scaled_BV) >= threshold_B[:, None]
 
 
 def _block_sums(scaled_BV: jax.Array, threshold_B: jax.Array | None, peak_B: jax.Array):
@@ -146,7 +161,9 @@ def draw(
   temperature_B: jax.Array,
   top_p_B: jax.Array,
   top_k_B: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+  min_p_B: jax.Array,
+  wants_full_B: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Draws one token per row.
 
   Args:
@@ -155,15 +172,21 @@ def draw(
     temperature_B: float32 [B]; 0 is argmax.
     top_p_B: float32 [B] in (0, 1]; 1 is off.
     top_k_B: int32 [B]; 0 is off.
+    min_p_B: float32 [B] in [0, 1]; 0 is off.
+    wants_full_B: bool [B]; where the distribution is cut, the second log-prob takes one more pass
+      over the vocabulary, which is left out when no row wants it.
 
   Returns:
     (int32 [B] ids, float32 [B] log-probs under the distribution that was drawn from: tempered, cut
-    to the support and renormalised; at temperature 0 under the plain softmax).
+    to the support and renormalised; at temperature 0 under the plain softmax; float32 [B] log-probs
+    under the same distribution before the cut, undefined in rows that do not want them).
   """
   is_greedy_B = temperature_B <= 0
   divisor_B = jnp.where(is_greedy_B, 1.0, temperature_B)
   top_p_B = jnp.where(is_greedy_B, 1.0, top_p_B)
   top_k_B = jnp.where(is_greedy_B, 0, top_k_B)
+  min_p_B = jnp.where(is_greedy_B, 0.0, min_p_B)
+  is_cut_B = (top_p_B < 1) | (top_k_B > 0) | (min_p_B > 0)
 
   def among(logits_BV, threshold_B):
     """Ids and log-probs of all rows; None keeps every token."""
@@ -182,7 +205,7 @@ def draw(
 
   def special(logits_BV):
     scaled_BV = logits_BV / divisor_B[:, None]
-    id_B, norm_B = among(logits_BV, support_threshold(scaled_BV, top_p_B, top_k_B))
+    id_B, norm_B = among(logits_BV, support_threshold(scaled_BV, top_p_B, top_k_B, min_p_B))
     with jax.named_scope("greedy"):
       id_B = jax.lax.cond(
         jnp.any(is_greedy_B),
@@ -190,11 +213,23 @@ def draw(
         lambda _: id_B,
         logits_BV,
       )
-    return id_B, norm_B
+    with jax.named_scope("full_logp"):
+      full_B = jax.lax.cond(
+        jnp.any(is_cut_B & wants_full_B),
+        lambda x: jax.nn.logsumexp(x / divisor_B[:, None], axis=-1),
+        lambda _: norm_B,
+        logits_BV,
+      )
+    # Where nothing is cut both are one number, to the last bit.
+    return id_B, norm_B, jnp.where(is_cut_B, full_B, norm_B)
+
+  def plain(logits_BV):
+    id_B, norm_B = among(logits_BV, None)
+    return id_B, norm_B, norm_B
 
   # One branch, in which all is done: what comes in ready-made, or goes on behind it, is copied.
   with jax.named_scope("special"):
-    is_special = jnp.any(is_greedy_B | (top_p_B < 1) | (top_k_B > 0))
-    id_B, norm_B = jax.lax.cond(is_special, special, lambda x: among(x, None), logits_BV)
+    is_special = jnp.any(is_greedy_B | is_cut_B)
+    id_B, norm_B, full_B = jax.lax.cond(is_special, special, plain, logits_BV)
   chosen_B = jnp.take_along_axis(logits_BV, id_B[:, None], axis=-1)[:, 0] / divisor_B
-  return id_B, chosen_B - norm_B
+  return id_B, chosen_B - norm_B, chosen_B - full_B

@@ -3,7 +3,7 @@
 Rows are refilled between dispatches of a few decode steps each; nothing is compiled after the first
 dispatch except when adapters of another shape arrive. Strict mode: a completion is bit-equal
 whatever its neighbours and whenever it is admitted, because every shape is fixed and no reduction
-depends on another row.
+depends on another row. Fast mode has a second shape for few rows.
 """
 
 from __future__ import annotations
@@ -11,25 +11,29 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-import time
 from collections.abc import Iterable
 from concurrent.futures import Future
-from typing import Any
 
 import jax
-import numpy as np
 
 from awf.qwen.config import QwenConfig
-from awf.sampler.cache import LayerCache, init_cache, token_bytes
-from awf.sampler.decode import Shapes, compile_dispatch
-from awf.sampler.request import Output, Request
-from awf.sampler.scheduler import Job, Scheduler
+from awf.sampler.cache import token_bytes
+from awf.sampler.decode import Shapes
+from awf.sampler.device import Device
+from awf.sampler.inbox import Inbox
+from awf.sampler.job import Job
+from awf.sampler.request import OnPart, Output, Part, QueueFull, Request
+from awf.sampler.scheduler import Scheduler
+from awf.sampler.stream import PartStream
+from awf.sampler.text import Decode
 
-__all__ = ["Engine", "Output", "Request"]
+__all__ = ["Engine", "Output", "Part", "QueueFull", "Request"]
 
 PAGE, CHUNK = 128, 64  # tokens of a prompt's page and of a completion's chunk
 TPU_WIDTH = 256  # of both: fewer and larger pieces of a decode step
 PROMPT_BYTES = 3 << 29  # pages for prompts: what all rows could need unless that is more
+QUEUE = 8192  # completions that may wait for a row unless told otherwise
+COUNTS = ("requests", "completions", "refused", "cancelled", "prompt_tokens", "tokens")
 
 
 def make_shapes(
@@ -79,20 +83,6 @@ def make_shapes(
   )  # fmt: skip
 
 
-def cache_shardings(config: QwenConfig, mesh: jax.sharding.Mesh) -> Any:
-  """Key/value heads over `tensor` where it divides them, else the cache is whole everywhere.
-
-  Returns:
-    A tree of NamedSharding like the cache.
-  """
-  heads = "tensor" if config.num_key_value_heads % mesh.shape["tensor"] == 0 else None
-  prompt, own = (
-    jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(None,) * lead, heads))
-    for lead in (1, 2)
-  )
-  return (LayerCache(prompt, prompt, own, own),) * config.num_hidden_layers
-
-
 class Engine:
   """Samples completions for requests from any thread; see the module's docstring."""
 
@@ -108,6 +98,8 @@ class Engine:
     max_new_tokens: int = 0,
     prompt_bytes: int = 0,
     strict: bool = True,
+    queue: int = QUEUE,
+    decode: Decode | None = None,
     pad_id: int = 0,
     mesh: jax.sharding.Mesh | None = None,
   ):
@@ -123,7 +115,10 @@ class Engine:
       max_new_tokens: of the longest completion, for which each row keeps room; 0 is the context.
       prompt_bytes: for keys and values of prompts, shared and kept for later requests; 0 is as much
         as all rows could need, within reason.
-      strict: bit-equal rows whatever their neighbours.
+      strict: bit-equal rows whatever their neighbours; else a smaller program decodes when few rows
+        are at work, and log-probs agree within 1e-4.
+      queue: completions that may wait for a row; who submits more waits.
+      decode: ids to text, for stop strings; see `awf.sampler.text.TextStream`.
       pad_id: token of unused places; never visible to any row.
       mesh: mesh that `params` lie on; the cache is split by key/value heads over `tensor`, else
         replicated.
@@ -133,6 +128,7 @@ class Engine:
       ("context", context),
       ("prefill_rows", prefill_rows),
       ("steps_per_dispatch", steps_per_dispatch),
+      ("queue", queue),
     ):
       if value < 1:
         raise ValueError(f"{name}: expected a positive number, got {value}: config.sampler.{name}")
@@ -140,36 +136,16 @@ class Engine:
     self.shapes = make_shapes(
       config, rows, context, prefill_rows, steps_per_dispatch, None, max_new_tokens, prompt_bytes
     )
-    self.num_traces = 0
-    self._params, self._mesh = params, mesh
-    self._cache = self._make_cache()
-    self._dispatch = compile_dispatch(config, self.shapes, self._count_trace)
-    self._scheduler = Scheduler(self.shapes, context)
+    self.device = Device(config, params, self.shapes, strict, mesh)
+    self._mesh, self._decode = mesh, decode
+    self._scheduler = Scheduler(self.shapes, context, decode, not strict)
     self._adapters: dict[int, object] = {0: None}  # by version
     self._version = 0
-    self._inbox: list[Job] = []
-    self._ready = threading.Condition()
-    self._is_closed = False
+    self._inbox = Inbox(queue)
     self._error: BaseException | None = None
-    self._counts = dict.fromkeys(
-      ("requests", "completions", "refused", "prompt_tokens", "tokens", "dispatches", "steps"), 0
-    )
-    self._busy_seconds = 0.0
+    self._counts = dict.fromkeys(COUNTS, 0)
     self._thread = threading.Thread(target=self._run, name="awf-engine", daemon=True)
     self._thread.start()
-
-  def _count_trace(self) -> None:
-    self.num_traces += 1
-
-  def _make_cache(self):
-    s = self.shapes
-
-    def make():
-      return init_cache(self.config, s.cache)
-
-    if self._mesh is None:
-      return jax.jit(make)()
-    return jax.jit(make, out_shardings=cache_shardings(self.config, self._mesh))()
 
   @property
   def mesh(self) -> jax.sharding.Mesh | None:
@@ -184,46 +160,92 @@ class Engine:
     Args:
       stacked_lora: LoRA tree with leaves [A, in, R] and [A, R, out], alpha / rank folded into `b`.
     """
-    with self._ready:
+    with self._inbox.lock:
       self._version += 1
       self._adapters[self._version] = stacked_lora
 
-  def submit(self, request: Request) -> Future[list[Output]]:
-    """Queues a request; the future gives its n outputs in order of sample. Thread-safe."""
-    future: Future[list[Output]] = Future()
-    self._enqueue([(request, future)])
-    return future
+  def submit(
+    self, request: Request, on_part: OnPart | None = None, wait: bool = True
+  ) -> Future[list[Output]]:
+    """Queues a request; thread-safe.
 
-  async def asubmit(self, request: Request) -> list[Output]:
-    """`submit` for asyncio callers."""
-    return await asyncio.wrap_future(self.submit(request))
+    Args:
+      request: what to sample.
+      on_part: called in the engine's thread with what each completion gained, dispatch by dispatch.
+      wait: block until the queue has a place, instead of raising.
+
+    Returns:
+      A future of the n outputs in order of sample. `cancel` works until it is done: rows and pages
+      are free before the next dispatch.
+
+    Raises:
+      ValueError: see `check`.
+      QueueFull: the queue has no place, and `wait` is False.
+      RuntimeError: the engine is closed.
+    """
+    job = self._put(request, on_part, wait)
+    try:
+      if threading.current_thread() is not self._thread:  # which makes the place
+        job.placed.result()
+    except BaseException:  # Ctrl-C while waiting: nobody will ask for the result
+      job.future.cancel()
+      raise
+    return job.future
+
+  async def asubmit(self, request: Request, on_part: OnPart | None = None) -> list[Output]:
+    """`submit` and its result for asyncio callers; a cancelled caller cancels the request."""
+    return await asyncio.wrap_future(self._put(request, on_part).future)
+
+  def stream(self, request: Request, wait: bool = True) -> PartStream:
+    """Queues a request whose parts an asyncio caller reads as they come; see `PartStream`.
+
+    Raises:
+      As `submit`.
+    """
+    parts = PartStream()
+    parts.future = self._put(request, parts.put, wait).future
+    parts.future.add_done_callback(parts.end)
+    return parts
 
   def generate(self, requests: Iterable[Request]) -> list[list[Output]]:
     """Runs requests together and waits for all; results in their order."""
-    pairs = [(request, Future()) for request in requests]
-    self._enqueue(pairs)
-    return [future.result() for _, future in pairs]
+    with self._inbox.lock:  # the engine sees all of them at once
+      futures = [self._put(request).future for request in requests]
+    try:
+      return [future.result() for future in futures]
+    finally:
+      for future in futures:
+        future.cancel()  # after an error or Ctrl-C; a finished one stays as it is
 
   def stats(self) -> dict[str, float]:
-    """Counters since the start: requests, tokens, prompt cache, dispatches, busy seconds."""
+    """Counters since the start.
+
+    `occupancy` is the share of decoded places (`row_slots`: rows x steps) that gave a token.
+    """
     s = self._scheduler
+    slots = self.device.counts["row_slots"]
     return {
       **self._counts,
+      **self.device.counts,
       "prompt_hits": s.prompt_hits,
       "prompt_misses": s.prompt_misses,
       "prefill_tokens": s.prefill_tokens,
       "reused_tokens": s.reused_tokens,
-      "busy_seconds": self._busy_seconds,
+      "row_steps": s.row_steps,
+      "occupancy": s.row_steps / slots if slots else 0.0,
       "running": s.num_running,
-      "waiting": len(s.pending) + len(self._inbox),
-      "traces": self.num_traces,
+      "waiting": s.waiting.count + len(self._inbox),
+      "traces": self.device.num_traces,
     }
+
+  @property
+  def is_alive(self) -> bool:
+    """Whether the engine's thread is at work; a fault or `close` ends it."""
+    return self._thread.is_alive()
 
   def close(self) -> None:
     """Stops the thread after the running dispatch; unanswered requests fail with RuntimeError."""
-    with self._ready:
-      self._is_closed = True
-      self._ready.notify()
+    self._inbox.shut()
     self._thread.join()
 
   def __enter__(self) -> Engine:
@@ -232,27 +254,30 @@ class Engine:
   def __exit__(self, *_) -> None:
     self.close()
 
-  def _enqueue(self, pairs: list[tuple[Request, Future]]) -> None:
-    jobs = []
-    with self._ready:
-      if self._is_closed:
+  def _put(self, request: Request, on_part: OnPart | None = None, wait: bool = True) -> Job:
+    with self._inbox.lock:
+      if self._inbox.is_closed:
         raise RuntimeError("the engine is closed") from self._error
-      for request, future in pairs:
-        self.check(request)
-        self._counts["requests"] += 1
-        if not 0 < len(request.prompt_ids) < self.context:
-          self._counts["refused"] += 1
-          future.set_result([Output((), (), "refused")] * request.n)
-          continue
-        version = self._version if request.adapter else None
-        jobs.append(Job(request, future, version, [None] * request.n))
-      self._inbox.extend(jobs)
-      self._ready.notify()
+      self.check(request)
+      version = self._version if request.adapter else None
+      job = Job(request, Future(), version, on_part)
+      is_fit = 0 < len(request.prompt_ids) < self.context
+      if is_fit:
+        self._inbox.put(job, wait)
+      self._counts["requests"] += 1
+      self._counts["refused"] += not is_fit
+    if not is_fit:
+      for i in range(request.n):
+        job.outputs[i] = Output((), (), "refused")
+        job.tell(Part(i, (), (), "refused"))
+      job.answer()
+    return job
 
   def check(self, request: Request) -> None:
     """Raises ValueError for what no wait can make possible.
 
-    That is ids outside the vocabulary, an adapter that is not set, more tokens than a row holds.
+    That is ids outside the vocabulary, an adapter that is not set, more tokens than a row holds,
+    stop strings without an engine's `decode`.
     """
     lora = self._adapters[self._version]
     count = 0 if lora is None else jax.tree.leaves(lora)[0].shape[0]
@@ -267,6 +292,8 @@ class Engine:
     for name, ids in (("prompt_ids", request.prompt_ids), ("stop_ids", request.stop_ids)):
       if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
         raise ValueError(f"{name}: expected ids in [0, {self.config.vocab_size}), got {ids}")
+    if request.stop and self._decode is None:
+      raise ValueError("stop: this engine was made without `decode` and knows no texts")
 
   # --- the engine's thread
 
@@ -283,50 +310,51 @@ class Engine:
   def _turn(self) -> bool:
     """One dispatch, or a wait for work; False when closed."""
     scheduler = self._scheduler
-    with self._ready:
-      while not (self._is_closed or self._inbox or scheduler.pending or scheduler.num_running):
-        self._ready.wait()
-      if self._is_closed:
-        return False
-      inbox, self._inbox = self._inbox, []
-    for job in inbox:
-      if job.future.set_running_or_notify_cancel():
-        scheduler.add(job)
+    news = self._inbox.fetch(scheduler.has_work)
+    if news is None:
+      return False
+    new, gone = news
+    for job in new:
+      scheduler.waiting.add(job)
+    for job in gone:
+      self._drop(job)
     work = scheduler.plan()
+    self._inbox.settle(scheduler.waiting.count)
     self._drop_old_adapters()
     if work is None:
       return True
-    began = time.perf_counter()
-    lora = self._adapters[scheduler.version]
-    self._cache, packed = self._dispatch(self._params, lora, self._cache, work)
-    packed = np.asarray(packed)  # the one copy to the host; waits for the device
-    self._busy_seconds += time.perf_counter() - began
-    self._counts["dispatches"] += 1
-    self._counts["steps"] += int(packed[-1, 0])
-    for job, outputs in scheduler.harvest(packed):
-      self._counts["completions"] += job.request.n
-      self._counts["prompt_tokens"] += len(job.request.prompt_ids)
-      self._counts["tokens"] += sum(len(output.token_ids) for output in outputs)
-      job.future.set_result(outputs)
+    packed = self.device.run(self._adapters[scheduler.version], work)
+    parts, done = scheduler.harvest(packed)
+    for job, part in parts:
+      try:
+        if not job.is_ended:
+          job.tell(part)
+      except Exception as error:  # the caller's own code, whatever it raises: ends its own request
+        scheduler.drop(job)
+        job.fail(error)
+    for job in done:
+      if not (job.is_ended or job.future.cancelled()):  # counted before the caller can look
+        self._counts["completions"] += job.request.n
+        self._counts["prompt_tokens"] += len(job.request.prompt_ids)
+        self._counts["tokens"] += sum(len(x.token_ids) for x in job.outputs.values())
+      job.answer()
     return True
+
+  def _drop(self, job: Job) -> None:
+    """Frees what a request holds whose caller has gone."""
+    self._scheduler.drop(job)
+    job.call_off()
+    self._counts["cancelled"] += 1
 
   def _drop_old_adapters(self) -> None:
     """Frees the adapters that no request can still ask for."""
-    with self._ready:
+    with self._inbox.lock:
       if len(self._adapters) <= 2:
         return
-      scheduler = self._scheduler
-      waiting = [*scheduler.pending, *(s for s in scheduler.rows if s is not None)]
-      used = {job.version for job in [*self._inbox, *(s.job for s in waiting)]}
-      used |= {self._version, scheduler.version}
+      used = {job.version for job in [*self._inbox.jobs(), *self._scheduler.jobs()]}
+      used |= {self._version, self._scheduler.version}
       self._adapters = {v: lora for v, lora in self._adapters.items() if v in used}
 
   def _fail_all(self, error: Exception) -> None:
-    with self._ready:
-      self._is_closed = True
-      scheduler = self._scheduler
-      waiting = [*scheduler.pending, *(s for s in scheduler.rows if s is not None)]
-      for job in [*self._inbox, *(s.job for s in waiting)]:
-        if not job.future.done():
-          job.future.set_exception(error)
-      self._inbox = []
+    for job in [*self._inbox.close(), *self._scheduler.jobs()]:
+      job.fail(error)

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -20,9 +21,9 @@ from awf.types import Completion, SamplingParams, UserError, stable_hash
 log = logging.getLogger("awf")
 
 SOURCES = ("prompt", "messages", "prompt_ids")
-_NUMBERS = {"temperature": "a number", "top_p": "a number"}
+_NUMBERS = dict.fromkeys(("temperature", "top_p", "min_p"), "a number")
 _COUNTS = {name: "a whole number" for name in ("top_k", "max_new_tokens", "seed", "n")}
-FIELDS = (*SOURCES, *_NUMBERS, *_COUNTS, "stop_ids", "adapter")
+FIELDS = (*SOURCES, *_NUMBERS, *_COUNTS, "stop_ids", "stop", "logprobs", "adapter")
 _REPORT_SECONDS = 10.0  # between two lines of progress
 
 
@@ -59,8 +60,10 @@ def run_generate(
     policy: model, tokenizer and engine.
     input: path of lines with one of `prompt` (raw text, special tokens in it are read as such),
       `messages` (a chat, completed by the assistant) and `prompt_ids`, and any of `temperature`,
-      `top_p`, `top_k`, `max_new_tokens`, `stop_ids`, `seed`, `n`, `adapter` (by name). Blank lines
-      are passed over.
+      `top_p`, `top_k`, `min_p`, `max_new_tokens`, `stop_ids`, `stop` (a text or several; the
+      line's text ends before the first of them, its ids with the token that completed it),
+      `logprobs` (none, drawn, both: those before top-k, top-p and min-p too, as `full_logprobs`),
+      `seed`, `n`, `adapter` (by name). Blank lines are passed over.
     output: path to write; one line per completion, in input order, the n samples of a line side by
       side. `index` counts the input's objects from 0, `sample` a line's completions. It replaces an
       older file once all is done and is not touched before.
@@ -80,8 +83,10 @@ def run_generate(
   completions = tokens = 0
   with _whole_file(output, input) as file:
     began = reported = time.perf_counter()
-    futures = [policy.engine.submit(request) for request in requests]
+    futures: list[Future[list[Output]]] = []
     try:
+      for request in requests:  # waits while the engine's queue is full
+        futures.append(policy.engine.submit(request))
       for index, (request, future) in enumerate(zip(requests, futures, strict=True)):
         for sample, drawn in enumerate(future.result()):
           completion = policy.completion(request, drawn)
@@ -92,7 +97,7 @@ def run_generate(
           log.info("generate: %d of %d lines, %d tokens", index + 1, len(requests), tokens)
     finally:
       for future in futures:
-        future.cancel()  # after an error; a finished one stays as it is
+        future.cancel()  # after an error or Ctrl-C; a finished one stays as it is
     wall_seconds = time.perf_counter() - began
   return {
     "lines": len(requests),
@@ -108,6 +113,7 @@ def _output_line(completion: Completion, index: int, sample: int) -> str:
   line = {**dataclasses.asdict(completion), "index": index, "sample": sample}
   order = (
     "prompt_ids", "text", "token_ids", "logprobs", "finish_reason", "index", "sample",
+    *(("full_logprobs",) if completion.full_logprobs else ()),
   )  # fmt: skip
   return (
     json.dumps({name: line[name] for name in order}, ensure_ascii=False, allow_nan=False) + "\n"
@@ -172,11 +178,15 @@ def _check_type(name: str, value: Any) -> None:
     ok, expected = _is_int(value) or isinstance(value, float), _NUMBERS[name]
   elif name in _COUNTS:
     ok, expected = _is_int(value), _COUNTS[name]
-  elif name in ("prompt", "adapter"):
+  elif name in ("prompt", "adapter", "logprobs"):
     ok, expected = isinstance(value, str) and value != "", "a text that is not empty"
   elif name == "messages":
     ok = isinstance(value, list) and all(isinstance(item, dict) for item in value)
     expected = "a list of {role, content}"
+  elif name == "stop":
+    texts = value if isinstance(value, list) else [value]
+    ok = all(isinstance(text, str) and text for text in texts)
+    expected = "a text that is not empty, or a list of such"
   else:
     ok = isinstance(value, list) and all(map(_is_int, value))
     expected = "a list of token ids"
@@ -211,9 +221,10 @@ def _make_request(
       f"the prompt has {len(ids)} tokens; expected at most {context - 1}, one less than "
       f"config.sampler.context ({context}): shorten it or raise config.sampler.context"
     )
-  own = {
-    name: fields[name] for name in ("temperature", "top_p", "max_new_tokens") if name in fields
-  }
+  names = (*_NUMBERS, "max_new_tokens", "logprobs")
+  own: dict[str, Any] = {name: fields[name] for name in names if name in fields}
+  if "stop" in fields:
+    own["stop"] = tuple(fields["stop"] if isinstance(fields["stop"], list) else [fields["stop"]])
   drawing = dataclasses.replace(
     sampling,
     **own,

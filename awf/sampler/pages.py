@@ -39,6 +39,7 @@ class Prompt:
   known: int  # tokens in the pages: all but the last, which is the first that decode reads
   next_token: int  # first that this prompt has still to prefill; `known` when none is
   is_ready: bool  # all is prefilled, what others were to prefill included
+  start: int = 0  # first token that it has to prefill itself; others see to those before
   readers: int = 1
 
 
@@ -87,7 +88,8 @@ class PageTable:
     for page in reversed(held):  # the first page is the most recent: it is evicted last
       self._pages.move_to_end(page.name)
     is_ready = all(page.is_filled for page in held)
-    self._live[key] = Prompt(key, [page.index for page in held], known, there, is_ready)
+    pages = [page.index for page in held]
+    self._live[key] = Prompt(key, pages, known, there, is_ready, there)
     return self._live[key]
 
   def finish(self, prompt: Prompt) -> None:
@@ -95,6 +97,25 @@ class PageTable:
     prompt.is_ready = True
     for index in prompt.pages:
       self._by_index[index].is_filled = True
+
+  def is_open(self, prompt: Prompt) -> bool:
+    """Whether the pages that others fill for it are filled, so that it may go on itself."""
+    before = prompt.pages[: -(-prompt.start // self.width)]
+    return all(self._by_index[index].is_filled for index in before)
+
+  def abandon(self, prompt: Prompt) -> bool:
+    """Gives up a prompt that is not ready and has one reader; its own pages hold nothing.
+
+    Returns:
+      False, and nothing is changed, when another prompt counts on what this one was to fill.
+    """
+    own = [self._by_index[index] for index in prompt.pages[-(-prompt.start // self.width) :]]
+    if any(page.readers > 1 for page in own):
+      return False
+    self.release(prompt)
+    for page in own:
+      self._evict(page)
+    return True
 
   def release(self, prompt: Prompt) -> None:
     """One reader less; the pages of a prompt without readers may be taken by others."""

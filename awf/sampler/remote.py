@@ -72,8 +72,8 @@ class RemoteLLM:
 
     Args:
       messages: chat messages with `role` and `content`.
-      sampling: `stop_ids` are ignored; `top_k` is sent only when it is on, as not every endpoint
-        knows it.
+      sampling: `stop_ids` are ignored; `top_k` and `min_p` are sent only when they are on, as not
+        every endpoint knows them.
       key: its low 31 bits are sent as `seed`.
       adapter: must be 0; a remote model has none.
 
@@ -93,6 +93,10 @@ class RemoteLLM:
     }
     if sampling.top_k:
       body["top_k"] = sampling.top_k
+    if sampling.min_p:
+      body["min_p"] = sampling.min_p
+    if sampling.stop:
+      body["stop"] = list(sampling.stop)
     async with self._slots:
       answer = await self._post(body)
     try:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, get_args
 
 FinishReason = Literal["stop", "length", "refused"]
+LogProbs = Literal["none", "drawn", "both"]
 MAX_STOP_IDS = 8  # width of the padded per-row array of stop ids
+
+
+class QueueFull(RuntimeError):
+  """The engine's queue has no place now, and the caller would not wait."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +21,13 @@ class Request:
   """One prompt and how to sample from it.
 
   Sample `i` of a request is a function of (prompt_ids, seed, i, the sampling fields, the adapter's
-  weights) only.
+  weights) only. Its noise is a function of (seed, i, position): the seed names the request, and
+  requests of equal seed share their noise.
+
+  A completion ends at the first token that is a stop id, or that completes a stop string in the
+  text of the completion (special tokens have no text, and a string may lie over several tokens).
+  That token is kept as the last one, with its log-prob; what a stop string changes beside is the
+  text that is made of the tokens (`awf.sampler.text.cut`).
   """
 
   prompt_ids: tuple[int, ...]
@@ -24,10 +36,13 @@ class Request:
   temperature: float = 1.0  # 0 is argmax
   top_p: float = 1.0  # in (0, 1]; 1 is off
   top_k: int = 0  # 0 is off
+  min_p: float = 0.0  # least probability as a share of the likeliest token's; 0 is off
   max_new_tokens: int = 256
   stop_ids: tuple[int, ...] = ()
+  stop: tuple[str, ...] = ()  # texts that end a completion; needs an engine with `decode`
+  logprobs: LogProbs = "drawn"  # "both": also before top-k, top-p and min-p
   adapter: int = 0  # 0 is the base, i the i-th stacked adapter
-  ignore_eos: bool = False  # benchmarks: no id stops the row
+  ignore_eos: bool = False  # benchmarks: neither id nor text stops the row
 
   def __post_init__(self) -> None:
     if self.n < 1:
@@ -40,16 +55,42 @@ class Request:
       raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
     if self.top_k < 0:
       raise ValueError(f"top_k: expected 0 (off) or a positive count, got {self.top_k}")
+    if not 0 <= self.min_p <= 1:
+      raise ValueError(f"min_p: expected a number in [0, 1], got {self.min_p}")
     if self.max_new_tokens < 1:
       raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
     if len(self.stop_ids) > MAX_STOP_IDS:
       raise ValueError(f"stop_ids: expected at most {MAX_STOP_IDS} ids, got {len(self.stop_ids)}")
+    if not all(isinstance(text, str) and text for text in self.stop):
+      raise ValueError(f"stop: expected texts that are not empty, got {list(self.stop)!r}")
+    if self.logprobs not in get_args(LogProbs):
+      expected = ", ".join(get_args(LogProbs))
+      raise ValueError(f"logprobs: expected one of {expected}, got {self.logprobs!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-  """One completion; the stop token, when one was drawn, is the last id and has its log-prob."""
+  """One completion; the token that stopped it, if any, is the last id and has its log-prob."""
 
   token_ids: tuple[int, ...]
-  logprobs: tuple[float, ...]  # under the distribution that was drawn from
+  logprobs: tuple[float, ...]  # under the distribution that was drawn from; () if not wanted
   finish_reason: FinishReason  # refused: the prompt leaves no room in the context, no token drawn
+  full_logprobs: tuple[float, ...] = ()  # before the cut by top-k, top-p, min-p; only if wanted
+  stop: str | None = None  # the stop string that the last token completed
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """What one completion gained in one dispatch."""
+
+  sample: int
+  token_ids: tuple[int, ...]
+  logprobs: tuple[float, ...]  # as of Output
+  finish_reason: FinishReason | None  # None: it goes on
+  full_logprobs: tuple[float, ...] = ()
+  stop: str | None = None
+
+
+# Called in the engine's thread, which waits for it: it hands the part on and returns. What it
+# raises ends its own request alone.
+OnPart = Callable[[Part], None]

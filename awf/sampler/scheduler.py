@@ -8,8 +8,6 @@ choices changes a bit of any completion.
 from __future__ import annotations
 
 import collections
-import dataclasses
-from concurrent.futures import Future
 
 import numpy as np
 
@@ -24,75 +22,73 @@ from awf.sampler.decode import (
   float_bits,
   unpack,
 )
-from awf.sampler.pages import PageTable, Prompt, PromptKey
-from awf.sampler.request import MAX_STOP_IDS, Output, Request
+from awf.sampler.job import Job, Sequence, Waiting
+from awf.sampler.pages import PageTable, Prompt
+from awf.sampler.request import MAX_STOP_IDS, FinishReason, Part
+from awf.sampler.text import Decode
 
 STALL_TOKENS = 2048  # most prompt tokens of a dispatch in which rows decode
-
-
-@dataclasses.dataclass
-class Job:
-  """One submitted request; its future is answered when all its completions are there."""
-
-  request: Request
-  future: Future
-  version: int | None  # of the adapters it must run with; None: base rows run with any
-  outputs: list[Output | None]
-
-  @property
-  def prompt_key(self) -> PromptKey:
-    return (self.request.prompt_ids, self.request.adapter, self.version)
-
-  def answer(self) -> list[Output] | None:
-    """The outputs in order of sample, or None while one is missing."""
-    there = [output for output in self.outputs if output is not None]
-    return there if len(there) == len(self.outputs) else None
-
-
-@dataclasses.dataclass
-class Sequence:
-  """One completion in a row, or waiting for one."""
-
-  job: Job
-  sample: int
-  prompt: Prompt | None = None  # while it has a row
-  token_ids: list[int] = dataclasses.field(default_factory=list)
-  logprobs: list[float] = dataclasses.field(default_factory=list)
+MOST_STUCK = 16  # jobs without a place that a plan looks past
 
 
 class Scheduler:
-  """Tables of rows, prompts and queue."""
+  """Tables of rows, prompts and queue.
 
-  def __init__(self, shapes: Shapes, context: int):
+  Args:
+    shapes: of the compiled program.
+    context: prompt + completion, tokens.
+    decode: ids to text, for stop strings.
+    is_packed: completions get the first free row, so that a program of fewer rows may do; else one
+      beside others of its length.
+  """
+
+  def __init__(
+    self, shapes: Shapes, context: int, decode: Decode | None = None, is_packed: bool = False
+  ) -> None:
     self.shapes, self.context = shapes, context
-    self.pending: collections.deque[Sequence] = collections.deque()
+    self._decode, self._is_packed = decode, is_packed
+    self.waiting = Waiting(shapes.rows)
     self.rows: list[Sequence | None] = [None] * shapes.rows
     self.pages = PageTable(shapes.pages, shapes.page)
     self.unready: collections.deque[Prompt] = collections.deque()  # in order of admission
     self.version = 0  # of the adapters that running rows use
     self.prompt_hits = self.prompt_misses = self.prefill_tokens = self.reused_tokens = 0
+    self.row_steps = 0  # tokens drawn, those behind a stop string too
     self.table_BX = empty_work(shapes).table_BX
 
   @property
   def num_running(self) -> int:
     return sum(s is not None for s in self.rows)
 
-  def add(self, job: Job) -> None:
-    """Queues all completions of a job."""
-    self.pending.extend(Sequence(job, i) for i in range(job.request.n))
+  @property
+  def has_work(self) -> bool:
+    return bool(self.waiting or self.num_running or self.unready)
+
+  def jobs(self) -> list[Job]:
+    """All that are not answered yet, each once."""
+    return list(dict.fromkeys([*self.waiting, *(s.job for s in self.rows if s is not None)]))
+
+  def drop(self, job: Job) -> None:
+    """Forgets a job: its rows and pages are free; a dispatch is not under way."""
+    self.waiting.remove(job)
+    for row, sequence in enumerate(self.rows):
+      if sequence is not None and sequence.job is job:
+        self._free_row(row)
+    for prompt in reversed(list(self.unready)):  # those that count on others first
+      if prompt.readers == 1 and self.pages.abandon(prompt):
+        self.unready.remove(prompt)
 
   def plan(self) -> Work[np.ndarray] | None:
     """Admits what fits and lists the device's work; None when there is nothing to do."""
     work = empty_work(self.shapes)
     is_decoding = bool(np.any(self.table_BX[:, COLUMN["status"]] == RUNNING))
-    while self.pending and self._admit(self.pending[0]):
-      self.pending.popleft()
+    self._admit_all()
     if not (self.num_running or self.unready):
       return None
     slots: dict[Prompt, int] = {}
     calls = self._list_blocks(work, slots, is_decoding)
     for row, sequence in enumerate(self.rows):
-      if sequence is not None and sequence.prompt is not None and sequence.prompt.is_ready:
+      if sequence is not None and sequence.prompt.is_ready:
         self.table_BX[row, COLUMN["status"]] = RUNNING
     groups = self._list_groups(work, slots)
     work.table_BX = self.table_BX
@@ -102,19 +98,31 @@ class Scheduler:
   def _decode_budget(self, is_filling: bool) -> tuple[int, int]:
     """(decode steps, finished rows that end them early): short turns while rows stand empty.
 
-    A turn that filled nothing always decodes: what is pending may wait for running rows to end.
+    A turn that filled nothing always decodes: what is waiting may need running rows to end.
     """
     rows = self.shapes.rows
     running = int(np.sum(self.table_BX[:, COLUMN["status"]] == RUNNING))
-    is_short = bool(self.pending or self.unready)
+    is_short = bool(self.waiting or self.unready)
     if is_short and is_filling and running < rows // 2:
       return 0, rows + 1  # prompts of one dispatch are limited; fill the rows first
     steps = self.shapes.steps if running > rows // 2 else max(1, self.shapes.steps // 4)
     return steps, max(1, rows // 8) if is_short else rows + 1
 
-  def _admit(self, sequence: Sequence) -> bool:
-    """Gives a completion a row and its prompt's pages, if there are any."""
-    job = sequence.job
+  def _admit_all(self) -> None:
+    """Gives rows to those whose turn it is, as far as there are rows and pages."""
+    stuck: dict[Job, None] = {}
+    while None in self.rows:
+      for job in self.waiting.turns(stuck):
+        if self._admit(job, stuck):
+          break
+        stuck[job] = None
+        if len(stuck) == MOST_STUCK:
+          return
+      else:
+        return
+
+  def _admit(self, job: Job, stuck: dict[Job, None]) -> bool:
+    """Gives the next completion of a job a row and its prompt's pages, if there are any."""
     row = self._choose_row(job)
     if row is None or not self._fits_adapters(job):
       return False
@@ -131,8 +139,7 @@ class Scheduler:
     if is_new and not prompt.is_ready:
       prompt.readers += 1  # until all of it is prefilled, whatever becomes of the completion
       self.unready.append(prompt)
-    sequence.prompt = prompt
-    self._start_row(row, sequence)
+    self._start_row(row, Sequence(job, self.waiting.start(job, stuck), prompt, self._decode))
     return True
 
   def _fits_adapters(self, job: Job) -> bool:
@@ -141,12 +148,16 @@ class Scheduler:
       return True
     if any(s is not None and s.job.version is not None for s in self.rows):
       return False
+    if self.waiting.next_version() != job.version:
+      return False
     self.version = job.version
     self.pages.forget(job.version)
     return True
 
   def _choose_row(self, job: Job) -> int | None:
     """A free row in the group whose longest completion is nearest: it shares a trip count."""
+    if self._is_packed:
+      return self.rows.index(None) if None in self.rows else None
     length = job.request.max_new_tokens // 2
     best, best_cost = None, None
     group = self.shapes.group
@@ -184,6 +195,8 @@ class Scheduler:
         0.0 if request.temperature < 1e-4 else min(request.temperature, 1e4)
       ),
       "top_p": float_bits(request.top_p),
+      "min_p": float_bits(request.min_p),
+      "wants_full": request.logprobs == "both",
     }
     for name, value in values.items():
       line[COLUMN[name]] = value
@@ -192,7 +205,7 @@ class Scheduler:
     self.rows[row] = sequence
 
   def _list_blocks(self, work: Work[np.ndarray], slots: dict[Prompt, int], slow: bool) -> int:
-    """Fills prefill calls from the oldest prompts on; returns how many there are.
+    """Fills prefill calls; returns how many there are.
 
     In order of position, so that a block never comes before its beginning.
     """
@@ -201,18 +214,22 @@ class Scheduler:
     if slow:
       calls = min(calls, max(1, STALL_TOKENS // (shapes.blocks * shapes.block)))
     room = calls * shapes.blocks
+    running = {s.prompt for s in self.rows if s is not None and s.prompt.is_ready}
+    free = shapes.rows - len(running)  # lines of the tables that running rows leave
     blocks: list[tuple[int, int, Prompt]] = []  # (start, slot, prompt)
-    while self.unready and len(blocks) < room:
-      prompt = self.unready[0]
-      slot = self._slot(work, slots, prompt)
+    for prompt, most in self._prefill_turns(room):
+      if prompt.is_ready or not self.pages.is_open(prompt):
+        continue
+      slot = self._slot(work, slots, prompt, free)
       if slot is None:
         break
-      while prompt.next_token < prompt.known and len(blocks) < room:
+      end = min(room, len(blocks) + most)
+      while prompt.next_token < prompt.known and len(blocks) < end:
         blocks.append((prompt.next_token, slot, prompt))
         prompt.next_token = min(prompt.next_token + shapes.block, prompt.known)
       if prompt.next_token >= prompt.known:
         self.pages.finish(prompt)
-        self.unready.popleft()
+        self.unready.remove(prompt)
         self.pages.release(prompt)
     blocks.sort(key=lambda block: block[0])
     for i, (start, slot, prompt) in enumerate(blocks):
@@ -223,10 +240,22 @@ class Scheduler:
       work.tokens_CPT[call, place, : len(tokens)] = tokens
     return -(-len(blocks) // shapes.blocks)
 
-  def _slot(self, work: Work[np.ndarray], slots: dict[Prompt, int], prompt: Prompt) -> int | None:
-    """The prompt's line in the dispatch's tables; None when all are taken."""
+  def _prefill_turns(self, room: int) -> list[tuple[Prompt, int]]:
+    """(prompt, most blocks): half for the oldest, so that it gets on whatever comes; then the
+    shortest first, so that none of them waits behind a long one; then the oldest again.
+    """
+    if not self.unready:
+      return []
+    oldest, *others = self.unready
+    others.sort(key=lambda prompt: prompt.known - prompt.next_token)
+    return [(oldest, max(1, room // 2)), *((one, room) for one in others), (oldest, room)]
+
+  def _slot(
+    self, work: Work[np.ndarray], slots: dict[Prompt, int], prompt: Prompt, most: int
+  ) -> int | None:
+    """The prompt's line in the dispatch's tables; None when `most` are taken."""
     if prompt not in slots:
-      if len(slots) == self.shapes.rows:
+      if len(slots) == most:
         return None
       slots[prompt] = slot = len(slots)
       work.pages_SC[slot, : len(prompt.pages)] = prompt.pages
@@ -237,13 +266,13 @@ class Scheduler:
     """Puts running rows of equal prompts into share groups, long prompts first."""
     rows: dict[Prompt, list[int]] = {}
     for row, sequence in enumerate(self.rows):
-      if self.table_BX[row, COLUMN["status"]] == RUNNING and sequence and sequence.prompt:
+      if self.table_BX[row, COLUMN["status"]] == RUNNING and sequence is not None:
         rows.setdefault(sequence.prompt, []).append(row)
     group, share = 0, self.shapes.share
     for prompt in sorted(rows, key=lambda p: -p.known):
       if not prompt.known:
         continue
-      slot = self._slot(work, slots, prompt)
+      slot = self._slot(work, slots, prompt, self.shapes.rows)
       if slot is None:
         raise RuntimeError("more running prompts than rows")
       for first in range(0, len(rows[prompt]), share):
@@ -253,36 +282,45 @@ class Scheduler:
         group += 1
     return group
 
-  def harvest(self, packed: np.ndarray) -> list[tuple[Job, list[Output]]]:
-    """Takes over one dispatch's result; returns the jobs that are complete now, with answers."""
-    ids_SB, logp_SB, status_B, made_B, steps = unpack(packed, self.shapes.steps)
-    done = []
+  def harvest(self, packed: np.ndarray) -> tuple[list[tuple[Job, Part]], list[Job]]:
+    """Takes over one dispatch's result.
+
+    Returns:
+      (what every completion gained, jobs all of whose outputs are there now).
+    """
+    drawn = unpack(packed, self.shapes.steps)
+    parts: list[tuple[Job, Part]] = []
+    done: list[Job] = []
     for row, sequence in enumerate(self.rows):
       line = self.table_BX[row]
       if sequence is None or line[COLUMN["status"]] != RUNNING:
         continue
-      made = int(made_B[row]) - int(line[COLUMN["made"]])
-      if made:
-        sequence.token_ids += ids_SB[:made, row].tolist()
-        sequence.logprobs += logp_SB[:made, row].tolist()
-        line[COLUMN["token"]] = sequence.token_ids[-1]
+      made = int(drawn.made_B[row]) - int(line[COLUMN["made"]])
+      self.row_steps += made
+      reason: FinishReason | None = None
+      if drawn.status_B[row] != RUNNING:
+        reason = "stop" if drawn.status_B[row] == STOPPED else "length"
+      ids, logps, fulls = (
+        x[:made, row].tolist() for x in (drawn.ids_SB, drawn.logp_SB, drawn.full_SB)
+      )
+      part = sequence.take(ids, logps, fulls, reason)
+      job = sequence.job
+      if job.on_part is not None and (part.token_ids or part.finish_reason):
+        parts.append((job, part))
+      if part.finish_reason is not None:
+        self._free_row(row)
+        job.outputs[sequence.sample] = sequence.output(part.finish_reason)
+        if len(job.outputs) == job.request.n:
+          done.append(job)
+      elif made:
+        line[COLUMN["token"]] = ids[-1]
         line[COLUMN["position"]] += made
         line[COLUMN["made"]] += made
-      if status_B[row] != RUNNING:
-        self._free_row(row)
-        job = sequence.job
-        reason = "stop" if status_B[row] == STOPPED else "length"
-        job.outputs[sequence.sample] = Output(
-          tuple(sequence.token_ids), tuple(sequence.logprobs), reason
-        )
-        answer = job.answer()
-        if answer is not None:
-          done.append((job, answer))
-    return done
+    return parts, done
 
   def _free_row(self, row: int) -> None:
     sequence, self.rows[row] = self.rows[row], None
     self.table_BX[row, COLUMN["status"]] = IDLE
-    if sequence is not None and sequence.prompt is not None:
+    if sequence is not None:
+      sequence.job.running -= 1
       self.pages.release(sequence.prompt)
-      sequence.prompt = None

@@ -11,6 +11,10 @@ from __future__ import annotations
 
 import ast
 import builtins
+import collections
+import decimal
+import fractions
+import inspect
 import sys
 from typing import Any
 
@@ -129,9 +133,21 @@ def plain(value: Any, depth: int = 0) -> Any:
   return value
 
 
+_PLAIN_COPIES = {
+  dict: lambda value: dict(dict.items(value)),
+  list: lambda value: list(list.__iter__(value)),
+  tuple: lambda value: tuple(tuple.__iter__(value)),
+  set: lambda value: set(set.__iter__(value)),
+  frozenset: lambda value: frozenset(frozenset.__iter__(value)),
+  int: int.__pos__,
+  float: float.__pos__,
+  str: str.__str__,
+}
+
+
 def encode_value(value: Any, depth: int = 0) -> Any:
-  """JSON form of a Python value that keeps tuples, sets, bytes, complex numbers, odd floats and odd
-  keys.
+  """JSON form of a Python value that keeps tuples, sets, bytes, deques, ranges, complex and exact
+  numbers, odd floats and odd keys. An instance of a subclass crosses as the built-in beneath it.
 
   Raises:
     ValueError: a type that has no such form, or nesting beyond 50 levels.
@@ -164,7 +180,25 @@ def encode_value(value: Any, depth: int = 0) -> Any:
     return encode_value(value.item(), depth + 1)
   if numpy is not None and kind is numpy.ndarray:
     return encode_value(value.tolist(), depth + 1)
+  if kind is range:
+    return {"@": "range", "v": [value.start, value.stop, value.step]}
+  if kind is decimal.Decimal or kind is fractions.Fraction:
+    return {"@": kind.__name__, "v": str(value)}
+  if isinstance(value, collections.deque):
+    return {"@": "deque", "v": [encode_value(entry, depth + 1) for entry in value]}
+  for base, copy in _PLAIN_COPIES.items():
+    if isinstance(value, base):  # Counter, defaultdict, a named tuple, IntEnum ...
+      return encode_value(copy(value), depth + 1)
   raise ValueError(f"a value of type {kind_name(kind)} cannot cross")
+
+
+_CONTAINERS = {
+  "tuple": tuple,
+  "set": set,
+  "frozenset": frozenset,
+  "deque": collections.deque,
+}
+_NUMBERS = {"Decimal": decimal.Decimal, "Fraction": fractions.Fraction}
 
 
 def decode_value(value: Any) -> Any:
@@ -189,9 +223,13 @@ def decode_value(value: Any) -> Any:
       return bytes(body)
     if kind == "complex":
       return complex(decode_value(body[0]), decode_value(body[1]))
+    if kind == "range":
+      return range(*body)
+    if kind in _NUMBERS and type(body) is str and len(body) <= 4_000:
+      return _NUMBERS[kind](body)
     entries = [decode_value(entry) for entry in body]
-    return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](entries)
-  except (TypeError, KeyError, IndexError) as error:
+    return _CONTAINERS[kind](entries)
+  except (TypeError, KeyError, IndexError, ArithmeticError) as error:
     raise ValueError(f"not an encoded value: {type(error).__name__}") from error
 
 
@@ -273,7 +311,8 @@ def run_tests(payload: dict[str, Any], call: Any) -> dict[str, Any]:
 
   Args:
     payload: "tests", "entry_point"; optional "prelude" (trusted helpers that the tests name). When
-      the tests define `check`, it is called with the candidate, as in HumanEval.
+      the tests define `check`, it is called with the candidate, as in HumanEval, or without
+      arguments if it takes none, as in AFlow's MBPP.
 
   Returns:
     "passed", and "error": the failing assertion in one line.
@@ -295,8 +334,9 @@ def run_tests(payload: dict[str, Any], call: Any) -> dict[str, Any]:
       load(payload["prelude"], namespace)
     namespace[payload["entry_point"]] = namespace["candidate"] = candidate
     load(payload["tests"], namespace)
-    if callable(namespace.get("check")):
-      namespace["check"](candidate)
+    check = namespace.get("check")
+    if callable(check) and check is not candidate:
+      check(*[candidate][: len(inspect.signature(check).parameters)])
   except JobError:
     raise
   except Exception as error:  # the verdict of the tests

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from awf.search.curriculum import ORDERS
 from awf.search.propose import STYLES
 from awf.types import UserError, WorkflowSource
+from awf.workflow.contract import OPERATORS, operators_of
 
-SELECTIONS = ("aflow", "uct")
+SELECTIONS = ("aflow", "uct", "puct")
 QUESTION_TYPES = ("qa", "math", "code")
 
 
@@ -41,42 +43,66 @@ class SearchConfig:
   mix_lambda: float = 0.3
   mix_alpha: float = 0.2
   uct_c: float = 1.0
+  uct_adapt: bool = False
+  converge_rounds: int = 0
+  converge_z: float = 0.0
+  max_calls: int = 0
+  max_tokens: int = 0
   prompt: str = "full"
+  operators: tuple[str, ...] = ()  # offered to the optimiser; () becomes those of the question type
+  repairs: int = 0
   logs: int = 3
   experience: int = 8
   smoke_problems: int = 1
   subset_problems: int = 8
   full_problems: int = 0
   full_top: int = 2
+  curriculum: str = "none"
+  curriculum_share: float = 0.5
   start_share: float = 0.0
   reward: RewardConfig = RewardConfig()
 
   def __post_init__(self) -> None:
-    for name, known in (("selection", SELECTIONS), ("prompt", STYLES)):
+    for name, known in (
+      ("selection", SELECTIONS), ("prompt", STYLES), ("curriculum", ORDERS),
+    ):  # fmt: skip
       if getattr(self, name) not in known:
         raise UserError(
           f"config.search.{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
         )
     if self.question_type not in QUESTION_TYPES:
       raise UserError(f"config.task: expected a question type among {QUESTION_TYPES}")
+    unknown = [name for name in self.operators if name not in OPERATORS]
+    if unknown or len(set(self.operators)) != len(self.operators):
+      raise UserError(
+        f"config.search.operators: expected names among {', '.join(OPERATORS)}, each once, got "
+        f"{', '.join(map(str, self.operators))}"
+      )
+    object.__setattr__(self, "operators", self.operators or operators_of(self.question_type))
     if not self.dataset.isidentifier():
       raise UserError(
         f"config.task.name: the data set's folder must be a Python name, got {self.dataset!r}"
       )
     for name, low in (
-      ("rounds", 0), ("parents", 1), ("sample", 1), ("logs", 0), ("experience", 0),
+      ("rounds", 0), ("parents", 1), ("sample", 1), ("logs", 0), ("repairs", 0), ("experience", 0),
       ("smoke_problems", 0), ("subset_problems", 1), ("full_problems", 0), ("full_top", 0),
-      ("uct_c", 0), ("mix_alpha", 0),
+      ("uct_c", 0), ("mix_alpha", 0), ("converge_rounds", 0), ("converge_z", 0),
+      ("max_calls", 0), ("max_tokens", 0),
     ):  # fmt: skip
       if getattr(self, name) < low:
         raise UserError(f"config.search.{name}: expected at least {low}, got {getattr(self, name)}")
-    for name in ("mix_lambda", "start_share"):
+    for name in ("mix_lambda", "start_share", "curriculum_share"):
       if not 0.0 <= getattr(self, name) <= 1.0:
         raise UserError(
           f"config.search.{name}: expected a share in [0, 1], got {getattr(self, name)}"
         )
     if self.group_size < 1:
       raise UserError(f"config.grpo.group_size: expected at least 1, got {self.group_size}")
+
+  @property
+  def is_code(self) -> bool:
+    """Whether workflows get an entry point."""
+    return self.question_type == "code"
 
   @staticmethod
   def from_config(
@@ -91,6 +117,7 @@ class SearchConfig:
     """Makes it from `config.search` and `config.reward`; other parts' fields are left out."""
     names = {f.name for f in dataclasses.fields(SearchConfig)} - {"reward"}
     fields = {k: v for k, v in search.items() if k in names}
+    fields["operators"] = tuple(fields.get("operators", ()))
     return SearchConfig(
       dataset=dataset,
       question_type=question_type,

@@ -18,16 +18,25 @@ from typing import Any
 
 from awf.search import rounds
 from awf.search.config import SearchConfig
-from awf.search.propose import Edit, experience_lines, log_text, modification_of, parse_reply
+from awf.search.converge import search_converged
+from awf.search.curriculum import problem_pool
+from awf.search.propose import (
+  Edit,
+  experience_lines,
+  log_text,
+  modification_of,
+  parse_reply,
+  repair_messages,
+)
 from awf.search.propose import proposal_messages as messages_for
 from awf.search.rounds import Child, RoundResult, Slot
-from awf.search.select import select_aflow, select_uct
+from awf.search.select import adapted_c, select_aflow, select_puct, select_uct
 from awf.search.stages import COPY, Grader, Runner, Trials, Verdict, check, gather_all, key_of
 from awf.search.tree import SEED, Node, Tree, add_event, expand_event, replay
 from awf.search.workspace import Workspace
 from awf.terminal import track
 from awf.types import Completion, Failure, Problem, UserError, WorkflowSource, stable_hash
-from awf.workflow.contract import OPERATORS_BY_TYPE, seed_source
+from awf.workflow.contract import ALL_OPERATORS, seed_source
 from awf.workflow.static import static_check
 
 log = logging.getLogger(__name__)
@@ -56,9 +65,11 @@ class MCTSOptimizer:
     proposer: `proposer(messages, n, key)` draws n completions of one prompt from the policy.
     problems: the validation problems; no other problem is ever used.
     workspace: folder that gets `<Dataset>/workflows/...`; a workspace that AFlow wrote is
-      continued. seed: of every choice of the search. starts: further start workflows;
-      config.start_share of each round's parents are taken from them. root: the first workflow; None
-      is AFlow's seed of the question type.
+      continued.
+    seed: of every choice of the search.
+    starts: further start workflows; config.start_share of each round's parents are taken from them.
+    root: the first workflow; None is AFlow's seed of the question type.
+    agree: called when a round is computed and not yet committed; what it raises gives it up.
 
   Raises:
     UserError: no problems, or a start workflow that fails the static check.
@@ -75,6 +86,7 @@ class MCTSOptimizer:
     seed: int,
     starts: Sequence[WorkflowSource] = (),
     root: WorkflowSource | None = None,
+    agree: Callable[[], Awaitable[None]] | None = None,
   ):
     if not problems:
       raise UserError("config.task: the search needs at least one validation problem, got none")
@@ -85,15 +97,14 @@ class MCTSOptimizer:
     self.config = config
     self.problems = tuple(problems)
     self.seed = seed
-    self.workspace = Workspace(workspace, config.dataset, config.question_type)
+    self.workspace = Workspace(workspace, config.dataset, config.operators)
     self._by_id = {p.id: p for p in self.problems}
-    self._proposer = proposer
+    self._proposer, self._agree = proposer, agree
     self._trials = Trials(runner, evaluator)
     self._starts = tuple(starts)
     self._root = root or seed_source(config.question_type)
-    operators = OPERATORS_BY_TYPE[config.question_type]
     for number, source in enumerate((self._root, *self._starts)):
-      failure = static_check(source, operators)
+      failure = static_check(source, ALL_OPERATORS, config.is_code)
       if failure is not None:
         raise UserError(
           f"config.search.starts: workflow {number} fails the static check: {failure.message}"
@@ -117,6 +128,33 @@ class MCTSOptimizer:
   def _stages(self) -> tuple[str, ...]:
     """Stages whose nodes can be selected: one kind of score only, so that scores compare."""
     return ("full",) if self.config.full_top else ("subset", "full")
+
+  def why_done(self) -> str:
+    """Why no further round is due: rounds, a budget, or AFlow's convergence; "" while one is.
+
+    All of it is a function of the rounds so far, so a resumed search ends where it would have.
+    """
+    c = self.config
+    if self.rounds_done >= c.rounds:
+      return f"config.search.rounds = {c.rounds}"
+    spent = self.spent()
+    for name, limit in (("calls", c.max_calls), ("tokens", c.max_tokens)):
+      if limit and spent[name] >= limit:
+        return f"config.search.max_{name} = {limit}: {spent[name]} are spent"
+    nodes = self.tree.selectable(self._stages)
+    still = search_converged(nodes, self.rounds_done, c.converge_rounds, c.converge_z)
+    if still is None:
+      return ""
+    return f"the best workflows did not change in rounds {still[0]} to {still[1]}"
+
+  def spent(self) -> dict[str, int]:
+    """Model calls and generated tokens of all rounds, proposals included.
+
+    Equal trials of one round count once; what an earlier round left in a cache counts again, so
+    that an interrupt changes nothing.
+    """
+    notes = [event for event in self._state.events if event["event"] == "round"]
+    return {name: sum(note.get(name, 0) for note in notes) for name in ("calls", "tokens")}
 
   def best(self) -> Node:
     """The selectable node with the highest score; the earlier one on a tie.
@@ -176,10 +214,19 @@ class MCTSOptimizer:
     chosen = self._rng("full").sample(range(len(self.problems)), count)
     return tuple(self.problems[i] for i in sorted(chosen))
 
-  def common_problems(self, round: int) -> tuple[Problem, ...]:
-    """The problems on which every child of a round is scored; the first ones serve as smoke run."""
-    count = min(self.config.subset_problems, len(self.problems))
-    return tuple(self._rng("common", round).sample(list(self.problems), count))
+  def common_problems(self, round: int, tree: Tree | None = None) -> tuple[Problem, ...]:
+    """The problems on which every child of a round is scored; the first ones serve as smoke run.
+
+    With a curriculum they come from the easiest (or hardest) problems by the solve rates in `tree`
+    (None is the search's own).
+    """
+    config = self.config
+    count = min(config.subset_problems, len(self.problems))
+    progress = (round - 1) / max(1, config.rounds - 1)
+    order, share = config.curriculum, config.curriculum_share
+    tree = self.tree if tree is None else tree
+    pool = problem_pool(tree, self.problems, order, share, progress, count)
+    return tuple(self._rng("common", round).sample(pool, count))
 
   # ---- one round ----
 
@@ -190,10 +237,10 @@ class MCTSOptimizer:
       UserError: no prompt of the round fits the policy's context.
       RuntimeError: the seed or a start workflow could not be run at all (infrastructure).
     """
-    self._prepare_workspace()
+    self.open_workspace()
     draft = rounds.Draft(self.tree, self.rounds_done + 1)
     await self._ensure_seed(draft)
-    common = self.common_problems(draft.round)
+    common = self.common_problems(draft.round, draft.tree)
     slots, starts_used = await self._pick_slots(draft, common)
     verdicts: dict[str, asyncio.Task[Verdict]] = {}
     try:
@@ -203,16 +250,20 @@ class MCTSOptimizer:
     finally:
       await rounds.settle(verdicts.values())
     children = [child for group in groups for child in group]
-    self._refuse_if_nothing_fits(children)
+    self._refuse_if_nothing_fits([child for child in children if not child.turn])
     with track("full validation"):
       full = await self._validate_best(draft.tree, children)
     rounds.grow(draft, children, full)
-    result = rounds.summarise(draft, children, common, self.config, self._full, self._stages)
-    draft.note(rounds.round_note(common, children))
+    problems = rounds.Problems(common, self._full)
+    result = rounds.summarise(draft, children, full, problems, self.config, self._stages)
+    draft.note(rounds.round_note(draft, common, children, full))
+    if self._agree is not None:
+      await self._agree()
     self._commit(draft, starts_used)
     return result
 
-  def _prepare_workspace(self) -> None:
+  def open_workspace(self) -> None:
+    """Takes over what the workspace holds and makes its files agree; `round` does it by itself."""
     if self._prepared:
       return
     if self.workspace.is_foreign():
@@ -226,15 +277,21 @@ class MCTSOptimizer:
   def _adopt(self) -> None:
     """Takes over the rounds of a workspace that AFlow wrote."""
     events = []
-    for node in self.workspace.adopt(self.problems):
-      valid = static_check(node.source, OPERATORS_BY_TYPE[self.config.question_type]) is None
+    for node in self.workspace.adopt(self.problems, self._root):
+      valid = static_check(node.source, ALL_OPERATORS, self.config.is_code) is None
       key = key_of(node.source) if valid else ""
       events.append(add_event(dataclasses.replace(node, canonical=key)))
     self._state = SearchState(tuple(events), replay(events))
-    log.info("continuing an AFlow workspace with %d evaluated rounds", len(self.tree.nodes))
+    evaluated = sum(node.evaluated for node in self.tree.nodes.values())
+    log.info("continuing an AFlow workspace with %d evaluated rounds", evaluated)
 
   async def _ensure_seed(self, draft: rounds.Draft) -> None:
-    if SEED in draft.tree.nodes:
+    seed = draft.tree.nodes.get(SEED)
+    if seed is not None:
+      if not seed.evaluated:  # of a workspace of AFlow that has no score of it
+        key = key_of(seed.source)
+        verdict = await self._trials.validate(seed.source, key, self._full)
+        draft.score(SEED, verdict)
       return
     key = key_of(self._root)
     with track("seed workflow"):
@@ -270,9 +327,11 @@ class MCTSOptimizer:
 
   def _select(self, tree: Tree, round: int, count: int) -> list[Node]:
     nodes = tree.selectable(self._stages)
-    if self.config.selection == "uct":
-      return select_uct(tree, nodes, count, c=self.config.uct_c)
     c = self.config
+    if c.selection in ("uct", "puct"):
+      constant = adapted_c(nodes, c.uct_c) if c.uct_adapt else c.uct_c
+      select = select_uct if c.selection == "uct" else select_puct
+      return select(tree, nodes, count, c=constant)
     mix = {"sample": c.sample, "mix_lambda": c.mix_lambda, "mix_alpha": c.mix_alpha}
     return select_aflow(nodes, count, self._rng("select", round), **mix)
 
@@ -283,7 +342,12 @@ class MCTSOptimizer:
     rng = self._rng("logs", round, parent.id, index)
     logs = log_text(parent.log, self._by_id, config.logs, rng)
     messages = messages_for(
-      parent, experience, logs, style=config.prompt, question_type=config.question_type
+      parent,
+      experience,
+      logs,
+      style=config.prompt,
+      question_type=config.question_type,
+      operators=config.operators,
     )
     key = stable_hash(self.seed, "propose", round, parent.id, index)
     return Slot(index, f"{round}/{index}", parent, messages, key)
@@ -297,15 +361,40 @@ class MCTSOptimizer:
       raise ValueError(
         f"the proposer gave {len(completions)} completions, expected {self.config.group_size}"
       )
-    jobs = (self._judge(slot, i, c, common, verdicts) for i, c in enumerate(completions))
-    return await gather_all(self._counted(job) for job in jobs)
+    jobs = (self._child(slot, i, c, common, verdicts) for i, c in enumerate(completions))
+    judged = await gather_all(self._counted(job) for job in jobs)
+    return [child for turns in judged for child in turns]
 
-  async def _counted(self, job: Coroutine[Any, Any, Child]) -> Child:
-    """The child, once it is judged; shown by the last stage that it reached."""
-    child = await job
+  async def _counted(self, job: Coroutine[Any, Any, list[Child]]) -> list[Child]:
+    """A proposal's turns, once they are judged; shown by the last stage that it reached."""
+    turns = await job
     self._shown.advance()
+    child = turns[-1]
     self._shown.count("running" if child.runs else f"failed {child.verdict.stage}")
-    return child
+    return turns
+
+  async def _child(
+    self,
+    slot: Slot,
+    index: int,
+    completion: Completion,
+    common: Sequence[Problem],
+    verdicts: dict[str, asyncio.Task[Verdict]],
+  ) -> list[Child]:
+    """A proposal, then its repairs until one runs; the policy is told what was wrong each time."""
+    child = await self._judge(slot, index, completion, common, verdicts)
+    turns, messages = [child], slot.messages
+    for turn in range(1, self.config.repairs + 1):
+      failure = child.verdict.failure
+      if failure is None or child.lost:
+        break
+      messages = repair_messages(messages, child.completion.text, failure)
+      key = stable_hash(self.seed, "repair", slot.key, index, turn)
+      (repaired,) = await self._proposer(messages, 1, key)
+      child = await self._judge(slot, index, repaired, common, verdicts)
+      child = dataclasses.replace(child, turn=turn)
+      turns.append(child)
+    return turns
 
   async def _refill(
     self,
@@ -321,7 +410,8 @@ class MCTSOptimizer:
     """
     again = []
     for slot, group in zip(slots, groups, strict=True):
-      rewards = {rounds.reward_of(c, self.config.reward)[0] for c in group if not c.lost}
+      own = (c for c in group if not c.turn and not c.lost)
+      rewards = {rounds.reward_of(c, self.config.reward)[0] for c in own}
       if len(rewards) == 1 and len(again) < self.config.refill:
         key = stable_hash(self.seed, "refill", round, slot.parent.id, slot.index)
         again.append(dataclasses.replace(slot, group=f"{slot.group}/again", key=key))
@@ -340,7 +430,7 @@ class MCTSOptimizer:
     if not isinstance(edit, Edit):
       return dataclasses.replace(child, verdict=Verdict("format", edit))
     child = dataclasses.replace(child, source=edit.source)
-    key = check(edit.source, slot.parent.canonical, self.config.question_type)
+    key = check(edit.source, slot.parent, self.config.operators, self.config.is_code)
     if isinstance(key, Failure):
       return dataclasses.replace(child, verdict=Verdict("static", key), copies=key is COPY)
     if key not in verdicts:

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from awf.search.compact import compact_prompt
-from awf.search.text import excerpt, forbidden, neutralise, one_line
+from awf.search.text import excerpt, forbidden, neutralise, one_line, without_chat_tokens
 from awf.search.tree import LogEntry, Node
 from awf.types import Failure, Problem, WorkflowSource
 from awf.workflow.contract import (
@@ -20,6 +20,7 @@ from awf.workflow.contract import (
   MAX_PROMPT_CHARS,
   OPERATORS_BY_TYPE,
   SEED_PROMPT,
+  allowed_operators,
   describe,
   strip_header,
 )
@@ -95,9 +96,16 @@ def log_text(
 
 
 def proposal_messages(
-  node: Node, experience: Sequence[str], logs: str, *, style: str, question_type: str
+  node: Node,
+  experience: Sequence[str],
+  logs: str,
+  *,
+  style: str,
+  question_type: str,
+  operators: tuple[str, ...] = (),
 ) -> list[dict[str, str]]:
-  """The chat messages that ask for an edit of `node`."""
+  """The chat messages that ask for an edit of `node`; `operators` are offered beside its own, ()
+  those of the question type."""
   prompt = neutralise(node.source.prompt).strip() or SEED_PROMPT
   source = WorkflowSource(neutralise(node.source.graph), prompt)
   shown = compact_prompt(source, node.score, experience, logs)
@@ -105,14 +113,31 @@ def proposal_messages(
     call = "async __call__(self, problem: str)"
     if question_type == "code":
       call = "async __call__(self, problem: str, entry_point: str)"
-    operators = describe(OPERATORS_BY_TYPE[question_type])
+    offered = operators or OPERATORS_BY_TYPE[question_type]
+    listed = describe(allowed_operators(offered, node.source.graph))
     rules = FULL_RULES.format(kind=question_type, call=call)
-    shown = f"{shown}\n<operators>\n{operators}\n</operators>\n\n{rules}"
+    shown = f"{shown}\n<operators>\n{listed}\n</operators>\n\n{rules}"
     if experience:
       shown += "\n\nThe experience lists edits that were tried, each with the score it reached."
     if logs:
       shown += "\nThe logs show some of the problems that it got wrong."
   return [{"role": "user", "content": shown}]
+
+
+def repair_messages(
+  messages: Sequence[dict[str, str]], reply: str, failure: Failure
+) -> list[dict[str, str]]:
+  """The chat so far, the reply, and what was wrong with it."""
+  asked = (
+    f"This edit does not work: {one_line(failure.message, 300)}\n"
+    "Repair it and reply with the three elements again, whole: modification, graph, prompt."
+  )
+  shown = without_chat_tokens(_THINKING.sub("", reply))
+  return [
+    *messages,
+    {"role": "assistant", "content": shown},
+    {"role": "user", "content": asked},
+  ]
 
 
 def _element(text: str, tag: str) -> str | None:

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from awf.search.config import RewardConfig, SearchConfig
 from awf.search.stages import Trial, Verdict, reward_parts
@@ -43,6 +43,7 @@ class Child:
   canonical: str = ""  # "" when it did not pass the static check, or copies its parent
   copies: bool = False  # equals its parent
   verdict: Verdict = Verdict("format", None)
+  turn: int = 0  # 0: the proposal itself; its repairs enter the tree, but are no rollouts
 
   @property
   def refused(self) -> bool:
@@ -82,6 +83,11 @@ class Draft:
     self.round = round
     self.events: list[dict[str, Any]] = []
     self.trials: dict[int, Sequence[Trial]] = {}
+    self.used: dict[tuple[str, str], Trial] = {}  # by workflow and problem
+
+  def use(self, canonical: str, trials: Sequence[Trial]) -> None:
+    """Counts trials among what the round cost; equal ones count once."""
+    self.used |= {(canonical, t.problem.id): t for t in trials}
 
   def note(self, event: dict[str, Any]) -> None:
     """Records an event that changes no node."""
@@ -108,10 +114,8 @@ class Draft:
     Raises:
       RuntimeError: infrastructure failures on all problems, so that it has no score.
     """
-    if not verdict.scores:
-      failed = verdict.trials[0].failure
-      why = failed.message if failed is not None else "no problem was run"
-      raise RuntimeError(f"the {name} could not be run on any problem: {why}")
+    _refuse_unscored(name, verdict)
+    self.use(canonical, verdict.trials)
     node = Node(
       id=self.tree.next_id,
       parent=NO_NODE,
@@ -124,6 +128,24 @@ class Draft:
       log=verdict.log,
     )
     self.add(node, verdict.trials)
+
+  def score(self, id: int, verdict: Verdict) -> None:
+    """Gives its scores to a root that has none yet.
+
+    Raises:
+      RuntimeError: as `add_root`.
+    """
+    _refuse_unscored(f"workflow of round {id}", verdict)
+    self.use(self.tree.nodes[id].canonical, verdict.trials)
+    self.apply(evaluate_event(id, verdict.scores, "full", verdict.log))
+    self.trials[id] = verdict.trials
+
+
+def _refuse_unscored(name: str, verdict: Verdict) -> None:
+  if not verdict.scores:
+    failed = verdict.trials[0].failure
+    why = failed.message if failed is not None else "no problem was run"
+    raise RuntimeError(f"the {name} could not be run on any problem: {why}")
 
 
 async def settle(tasks: Collection[asyncio.Task[Any]]) -> None:
@@ -207,25 +229,36 @@ def rollout_of(child: Child, config: RewardConfig) -> Rollout:
   )
 
 
+class Problems(NamedTuple):
+  """What a round is measured on."""
+
+  common: Sequence[Problem]  # of all proposals
+  full: Sequence[Problem]  # of the best ones
+
+
 def summarise(
   draft: Draft,
   children: Sequence[Child],
-  common: Sequence[Problem],
+  validated: Mapping[str, Verdict],
+  problems: Problems,
   config: SearchConfig,
-  full: Sequence[Problem],
   stages: tuple[str, ...],
 ) -> RoundResult:
-  """The round's result, from the finished draft."""
+  """The round's result, from the finished draft; `validated` are the full validations, by key."""
+  common, first = problems.common, [c for c in children if not c.turn]
   added = {e["node"]["id"] for e in draft.events if e["event"] == "add"}
   earlier = {n.canonical for n in draft.tree.nodes.values() if n.born < draft.round}
   metrics = {
-    **_tree_metrics(draft, full, stages),
-    **_child_metrics(children, common, earlier),
-    **_pass_metrics(children, common, config.group_size),
+    **_tree_metrics(draft, problems.full, stages),
+    **_child_metrics(first, common, earlier),
+    **_full_metrics(validated),
+    **_pass_metrics(first, common, config.group_size),
   }
+  if config.repairs:
+    metrics["repaired"] = float(sum(c.runs for c in children if c.turn))
   return RoundResult(
     round=draft.round,
-    rollouts=[rollout_of(c, config.reward) for c in children if not c.refused],
+    rollouts=[rollout_of(c, config.reward) for c in first if not c.refused],
     nodes=[draft.tree.nodes[id] for id in sorted(added)],
     metrics={f"mcts/{name}": value for name, value in metrics.items()},
     records=[_record(c, draft.round, config.reward) for c in children],
@@ -288,6 +321,12 @@ def _child_metrics(
   return out
 
 
+def _full_metrics(validated: Mapping[str, Verdict]) -> dict[str, float]:
+  """Workflows that were validated in full, and of them those that failed on some problem."""
+  failed = sum(any(t.failure is not None for t in v.trials) for v in validated.values())
+  return {"stage/full/passed": float(len(validated) - failed), "stage/full/failed": float(failed)}
+
+
 def _pass_metrics(
   children: Sequence[Child], common: Sequence[Problem], group_size: int
 ) -> dict[str, float]:
@@ -313,6 +352,7 @@ def _record(child: Child, round: int, config: RewardConfig) -> dict[str, Any]:
     "round": round,
     "group": child.slot.group,
     "child": child.index,
+    "turn": child.turn,
     "parent": child.slot.parent.id,
     "parent_score": _or_none(child.slot.parent.score),
     "reward": _or_none(reward),
@@ -328,13 +368,25 @@ def _record(child: Child, round: int, config: RewardConfig) -> dict[str, Any]:
   }
 
 
-def round_note(common: Sequence[Problem], children: Sequence[Child]) -> dict[str, Any]:
-  """The journal's line for a round as a whole."""
+def round_note(
+  draft: Draft,
+  common: Sequence[Problem],
+  children: Sequence[Child],
+  full: Mapping[str, Verdict],
+) -> dict[str, Any]:
+  """The journal's line for a round as a whole, with what it cost."""
+  for child in children:
+    draft.use(child.canonical, child.verdict.trials)
+  for key, verdict in full.items():
+    draft.use(key, verdict.trials)
+  trials = draft.used.values()
   slots = {c.slot.index: c.slot for c in children}
-  ends = [[c.slot.index, c.index, c.verdict.stage, c.runs] for c in children]
+  ends = [[c.slot.index, c.index, c.verdict.stage, c.runs] for c in children if not c.turn]
   return {
     "event": "round",
     "common": [p.id for p in common],
     "parents": [slots[i].parent.id for i in sorted(slots)],
     "proposals": ends,
+    "calls": len(children) + sum(t.calls for t in trials),
+    "tokens": sum(len(c.completion.token_ids) for c in children) + sum(t.tokens for t in trials),
   }

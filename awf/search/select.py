@@ -1,12 +1,14 @@
-"""Which nodes to expand: AFlow's soft mixture over the best workflows, or UCT on the tree."""
+"""Which nodes to expand: AFlow's soft mixture over the best workflows, UCT or PUCT."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from awf.search.tree import NO_NODE, SEED, Node, Tree
+
+Bonus = Callable[[int, int, float], float]  # of (visits of the parent, of the arm, prior)
 
 
 def mixture(
@@ -70,11 +72,45 @@ def select_uct(tree: Tree, nodes: Sequence[Node], count: int, *, c: float) -> li
 
   At a node the arms are its subtrees (mean of the backed-up scores) and the node itself, whose
   bound is its own score with the number of its expansions: the tree is widened where a node beats
-  its descendants.
+  its descendants. The bound is mean + c sqrt(ln(1 + N) / (1 + n)).
 
   Source: Kocsis & Szepesvari 2006 (UCT); virtual visits as in parallel tree search (Chaslot et al.
   2008).
   """
+  return _select(tree, nodes, count, lambda total, n, prior: c * _log_bonus(total, n))
+
+
+def select_puct(tree: Tree, nodes: Sequence[Node], count: int, *, c: float) -> list[Node]:
+  """As `select_uct` with a prior over the arms: mean + c P sqrt(N) / (1 + n).
+
+  P is AFlow's mixture over the scores of the arms' own nodes, times their number: equal scores give
+  every arm 1.
+
+  Source: Silver et al. 2017 (AlphaGo Zero), after Rosin 2011.
+  """
+  return _select(
+    tree, nodes, count, lambda total, n, prior: c * prior * math.sqrt(total) / (1.0 + n)
+  )
+
+
+def adapted_c(nodes: Sequence[Node], c: float) -> float:
+  """The exploration constant on the scale of the scores: c times their standard deviation.
+
+  Scores that lie close together need a small bonus, or the search is a round robin; under two nodes
+  the constant stays. Never under a twentieth of c.
+  """
+  if len(nodes) < 2:
+    return c
+  mean = sum(n.score for n in nodes) / len(nodes)
+  spread = math.sqrt(sum((n.score - mean) ** 2 for n in nodes) / (len(nodes) - 1))
+  return c * max(spread, 0.05)
+
+
+def _log_bonus(total: int, n: int) -> float:
+  return math.sqrt(math.log(1.0 + total) / (1 + n))
+
+
+def _select(tree: Tree, nodes: Sequence[Node], count: int, bonus: Bonus) -> list[Node]:
   allowed = {n.id for n in nodes}
   visits = {n.id: n.visits for n in tree.nodes.values()}
   expansions = {n.id: n.expansions for n in tree.nodes.values()}
@@ -84,7 +120,7 @@ def select_uct(tree: Tree, nodes: Sequence[Node], count: int, *, c: float) -> li
   for _ in range(count):
     if closed >= allowed:
       closed = set()
-    path = _descend(tree, arms, allowed - closed, visits, expansions, c)
+    path = _descend(tree, arms, allowed - closed, visits, expansions, bonus)
     chosen.append(tree.nodes[path[-1]])
     closed.add(path[-1])
     expansions[path[-1]] += 1
@@ -116,20 +152,28 @@ def _descend(
   free: set[int],
   visits: dict[int, int],
   expansions: dict[int, int],
-  c: float,
+  bonus: Bonus,
 ) -> list[int]:
   path: list[int] = []
   here = NO_NODE
   while True:
     children = [id for id in arms.get(here, []) if _open(arms, id, free)]
     total = visits[here] if here != NO_NODE else sum(visits[id] for id in children)
-    log_total = math.log(1.0 + total)
+    own = [here] if here in free else []
+    priors = _priors(tree, children + own)
     means = {id: tree.nodes[id].value / max(1, tree.nodes[id].visits) for id in children}
-    bounds = [(means[id] + c * math.sqrt(log_total / (1 + visits[id])), -id) for id in children]
+    bounds = [(means[id] + bonus(total, visits[id], priors[id]), -id) for id in children]
     best = max(bounds, default=(-math.inf, 0))
-    if here in free:
-      own = tree.nodes[here].score + c * math.sqrt(log_total / (1 + expansions[here]))
-      if own >= best[0]:
+    if own:
+      bound = tree.nodes[here].score + bonus(total, expansions[here], priors[here])
+      if bound >= best[0]:
         return path
     here = -best[1]
     path.append(here)
+
+
+def _priors(tree: Tree, ids: Sequence[int]) -> dict[int, float]:
+  """AFlow's mixture over the nodes' scores, times their number; one without a score counts 0."""
+  scores = [tree.nodes[id].score for id in ids]
+  weights = mixture([0.0 if math.isnan(s) else s for s in scores]) if ids else []
+  return {id: weight * len(ids) for id, weight in zip(ids, weights, strict=True)}

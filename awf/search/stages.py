@@ -9,9 +9,9 @@ from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from awf.search.config import RewardConfig
-from awf.search.tree import LogEntry
+from awf.search.tree import LogEntry, Node
 from awf.types import Failure, Grade, Problem, WorkflowResult, WorkflowSource, stable_hash
-from awf.workflow.contract import OPERATORS_BY_TYPE
+from awf.workflow.contract import allowed_operators
 from awf.workflow.static import canonical, static_check
 
 T = TypeVar("T")
@@ -42,6 +42,8 @@ class Trial:
   output: str  # the answer, or the typed failure; capped
   extracted: str
   failure: Failure | None = None
+  calls: int = 0  # of the model
+  tokens: int = 0  # that it generated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +89,19 @@ def key_of(source: WorkflowSource) -> str:
   return f"{stable_hash(canonical(source)):016x}"
 
 
-def check(source: WorkflowSource, parent_key: str, question_type: str) -> str | Failure:
-  """The key of a workflow that passes the check, or why it does not (COPY: no edit)."""
-  failure = static_check(source, OPERATORS_BY_TYPE[question_type])
+def check(
+  source: WorkflowSource, parent: Node, operators: tuple[str, ...], is_code: bool
+) -> str | Failure:
+  """The key of an edit that passes the check, or why it does not (COPY: it changes nothing).
+
+  It may use the operators that are offered and those of its parent.
+  """
+  allowed = allowed_operators(operators, parent.source.graph)
+  failure = static_check(source, allowed, is_code)
   if failure is not None:
     return failure
   key = key_of(source)
-  return COPY if key == parent_key else key
+  return COPY if key == parent.canonical else key
 
 
 class Trials:
@@ -121,6 +129,7 @@ class Trials:
       if math.isnan(grade.score):  # the grader itself failed
         failure = Failure("infrastructure", grade.reason or "the grader failed")
       trial = Trial(problem, float(grade.score), answer[-MAX_OUTPUT:], grade.answer, failure)
+    trial = dataclasses.replace(trial, calls=result.calls, tokens=result.completion_tokens)
     if not math.isnan(trial.score):
       self._done[key, problem.id] = trial
     return trial

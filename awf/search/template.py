@@ -65,21 +65,25 @@ class ModelClient:
     return self._llm.get_usage_summary()
 
 
+def malformed(message: str) -> ValueError:
+  """The error of an operator whose model does not reply in the form that was asked for."""
+  return ValueError(message)
+
+
 def client_of(llm: Any, operator_name: str) -> ModelClient:
   """The client behind an operator."""
   return llm if isinstance(llm, ModelClient) else ModelClient(llm)
 '''
 
 
-def operator_json(question_type: str) -> str:
-  """operator.json: description and interface of each operator of a question type."""
-  names = contract.operators_of(question_type)
+def operator_json(names: tuple[str, ...]) -> str:
+  """operator.json: description and interface of the operators that are offered."""
   specs = {name: contract.OPERATORS[name] for name in names}
   data = {n: {"description": s.description, "interface": s.interface} for n, s in specs.items()}
   return json.dumps(data, indent=4) + "\n"
 
 
-def template_files(question_type: str) -> dict[str, str]:
+def template_files(operators_offered: tuple[str, ...]) -> dict[str, str]:
   """File name -> text of the template folder."""
   text = inspect.getsource(operators)
   for ours, theirs in _IMPORTS:
@@ -87,7 +91,7 @@ def template_files(question_type: str) -> dict[str, str]:
       raise ValueError(f"expected one line {ours!r} in awf/workflow/operators.py")
     text = text.replace(ours, theirs)
   return {
-    "operator.json": operator_json(question_type),
+    "operator.json": operator_json(operators_offered),
     "operator.py": text,
     "operator_an.py": inspect.getsource(extract),
     "op_prompt.py": inspect.getsource(prompts),

@@ -28,6 +28,14 @@ def neutralise(text: str) -> str:
     text = changed
 
 
+def without_chat_tokens(text: str) -> str:
+  """As `neutralise`, but the tags of the proposal format stay."""
+  text = _CONTROL.sub("", text.replace("\r\n", "\n"))
+  while _CHAT_TOKEN.search(text):
+    text = _CHAT_TOKEN.sub(r"[\1]", text)
+  return text
+
+
 def forbidden(text: str) -> str | None:
   """The first format tag, chat-template token or control character in the text, or None."""
   for pattern in (_TAG, _CHAT_TOKEN, _CONTROL):

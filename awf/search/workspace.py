@@ -12,28 +12,25 @@ formats only).
 from __future__ import annotations
 
 import csv
-import dataclasses
 import datetime
 import io
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from awf.search import adopt
+from awf.search.adopt import ADOPTED
 from awf.search.stages import LOGGED_BELOW, Trial
 from awf.search.template import template_files
-from awf.search.text import one_line
-from awf.search.tree import NO_NODE, SEED, LogEntry, Node, Tree
-from awf.types import Problem, UserError, WorkflowSource
-from awf.workflow.contract import graph_header, strip_header
+from awf.search.tree import NO_NODE, Node, Tree
+from awf.types import Problem, WorkflowSource
+from awf.workflow.contract import graph_header
 
-_ROUND = re.compile(r"round_(\d+)")
 _INPUTS_COLUMN = ("HumanEval", "MBPP", "DROP")  # data sets whose CSV calls the question `inputs`
-ADOPTED = ""  # key of the mean score of a round that AFlow evaluated: it kept no scores by problem
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -49,39 +46,26 @@ def _dump(data: Any) -> str:
   return json.dumps(data, indent=4, ensure_ascii=True, allow_nan=False) + "\n"
 
 
-def _load(path: Path) -> Any:
-  """Content of a JSON file; None when it is missing or empty (AFlow ships zero-byte files).
-
-  Raises:
-    UserError: the file is there but is not JSON.
-  """
-  try:
-    text = path.read_text(encoding="utf-8")
-  except FileNotFoundError:
-    return None
-  try:
-    return json.loads(text) if text.strip() else None
-  except json.JSONDecodeError as e:
-    raise UserError(
-      f"{path} is not JSON (line {e.lineno}): repair or remove it, or set --workdir"
-    ) from None
-
-
 class Workspace:
-  """The files of one data set's search."""
+  """The files of one data set's search.
 
-  def __init__(self, root: Path | str, dataset: str, question_type: str):
+  Attributes:
+    is_kept: False where another process writes them: then they are only read.
+  """
+
+  is_kept = True
+
+  def __init__(self, root: Path | str, dataset: str, operators: tuple[str, ...]):
     self.path = Path(root) / dataset / "workflows"
     self.journal = Path(root) / dataset / "journal.jsonl"
     self.dataset = dataset
-    self._question_type = question_type
+    self._operators = operators  # that are offered to the optimiser
 
   def round_path(self, id: int) -> Path:
     return self.path / f"round_{id}"
 
   def round_ids(self) -> list[int]:
-    names = (_ROUND.fullmatch(p.name) for p in self.path.glob("round_*"))
-    return sorted(int(m.group(1)) for m in names if m)
+    return adopt.round_ids(self.path)
 
   def prepare(self, events: Sequence[Mapping[str, Any]], tree: Tree) -> None:
     """Makes the files agree with the search's events: used when a search starts and when one is
@@ -90,7 +74,9 @@ class Workspace:
     Rounds that are newer than the events (an interrupted run had gone on) are removed, missing ones
     are written.
     """
-    for name, text in template_files(self._question_type).items():
+    if not self.is_kept:
+      return
+    for name, text in template_files(self._operators).items():
       write_atomic(self.path / "template" / name, text)
     for id in self.round_ids():
       if id not in tree.nodes:
@@ -100,7 +86,8 @@ class Workspace:
       if node.source.graph and not (self.round_path(node.id) / "graph.py").exists():
         self.write_round(node, ())
     for node in tree.nodes.values():
-      self.write_experience(node)
+      if not (ADOPTED in node.scores and (self.round_path(node.id) / "experience.json").exists()):
+        self.write_experience(node)
 
   def commit(
     self,
@@ -116,6 +103,8 @@ class Workspace:
       trials: node id -> trials of its evaluation in this round; nodes without one stay as they are.
       stages: stages whose scores enter results.json, that is, whose nodes can be selected.
     """
+    if not self.is_kept:
+      return
     for id in sorted(trials):
       if tree.nodes[id].source.graph:
         self.write_round(tree.nodes[id], trials[id])
@@ -153,15 +142,22 @@ class Workspace:
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
     question = "inputs" if self.dataset in _INPUTS_COLUMN else "question"
-    rows.writerow([question, "prediction", "expected_output", "score", "cost"])
+    columns = [question, *(["context"] if self.dataset == "HotpotQA" else [])]
+    rows.writerow([*columns, "prediction", "expected_output", "score", "cost"])
     for t in trials:
       if not math.isnan(t.score):
-        rows.writerow([t.problem.prompt, t.output, _expected(t.problem), t.score, 0.0])
+        asked = [_question(t.problem)]
+        if len(columns) > 1:
+          asked.append(str(t.problem.hidden.get("context", "")))
+        rows.writerow([*asked, t.output, _expected(t.problem), t.score, 0.0])
     return out.getvalue()
 
   def write_index(self, tree: Tree, stages: tuple[str, ...]) -> None:
     """results.json (a pass for each selectable round; AFlow's own stay) and the experience."""
-    old = _load(self.path / "results.json") or []
+    if not self.is_kept:
+      return
+    data, _ = adopt.read_json(self.path / "results.json")
+    old = [row for row in data if isinstance(row, dict)] if isinstance(data, list) else []
     stamps = {
       (r["round"], r["score"]): r["time"] for r in old if {"round", "score", "time"} <= set(r)
     }
@@ -178,8 +174,9 @@ class Workspace:
     write_atomic(self.path / "processed_experience.json", _dump(processed_experience(tree)))
 
   def is_foreign(self) -> bool:
-    """Whether AFlow evaluated rounds here and no search of ours did."""
-    return not self.journal.exists() and bool(_load(self.path / "results.json"))
+    """Whether AFlow wrote rounds here and no search of ours did."""
+    has_graph = ((self.round_path(id) / "graph.py").is_file() for id in adopt.round_ids(self.path))
+    return not self.journal.exists() and any(has_graph)
 
   def adopted(self) -> list[dict[str, Any]]:
     """The journal's events of rounds that AFlow evaluated; they come before any round of ours.
@@ -198,55 +195,33 @@ class Workspace:
       events.append(event)
     return events
 
-  def adopt(self, problems: Sequence[Problem]) -> list[Node]:
-    """Reads the rounds that AFlow evaluated, seed first, so that the search can go on from them.
+  def adopt(self, problems: Sequence[Problem], root: WorkflowSource) -> list[Node]:
+    """Reads the rounds that AFlow wrote, seed first, so that the search can go on from them.
 
-    Raises:
-      UserError: no evaluated seed round, or a file of it is malformed.
+    All files as they were are kept in `<Dataset>/aflow_original`; damaged ones are then repaired.
+
+    Returns:
+      Nodes as `awf.search.adopt.Reader.nodes` gives them: the seed may have no score yet.
     """
-    passes: dict[int, list[float]] = {}
-    for row in _load(self.path / "results.json") or []:
-      passes.setdefault(int(row["round"]), []).append(float(row["score"]))
-    by_text = {p.prompt.strip(): p.id for p in problems}
-    nodes: dict[int, Node] = {}
-    for id in sorted(passes):
-      node = self._adopt_round(id, sum(passes[id]) / len(passes[id]), by_text)
-      if node.parent not in nodes:
-        node = _as_root(node)
-      nodes[id] = node
-    if SEED not in nodes:
-      raise UserError(f"{self.path}: expected a score of round 1 in results.json, found none")
-    return list(nodes.values())
-
-  def _adopt_round(self, id: int, score: float, by_text: Mapping[str, str]) -> Node:
-    path = self.round_path(id)
-    try:
-      graph = strip_header((path / "graph.py").read_text(encoding="utf-8"))
-      prompt = (path / "prompt.py").read_text(encoding="utf-8").strip("\n")
-    except OSError as e:
-      raise UserError(f"{path} has a score in results.json but cannot be read: {e}") from None
-    experience = _load(path / "experience.json") or {}
-    log = []
-    for row in _load(path / "log.json") or []:
-      problem = by_text.get(str(row.get("question", "")).strip())
-      if problem is not None:
-        texts = (str(row.get(k, "")) for k in ("model_output", "extracted_output"))
-        log.append(LogEntry(problem, *(t[:600] for t in texts)))
-    return Node(
-      id=id,
-      parent=int(experience.get("father node", NO_NODE)),
-      source=WorkflowSource(graph, prompt),
-      canonical="",
-      modification=one_line(str(experience.get("modification", ""))),
-      stage="full",
-      scores={ADOPTED: score},
-      before=float(experience.get("before", math.nan)),
-      log=tuple(log),
-    )
+    kept = self.path.parent / "aflow_original"
+    if not kept.exists():
+      part = kept.with_name(".aflow_original.part")
+      shutil.rmtree(part, ignore_errors=True)
+      shutil.copytree(self.path, part, ignore=shutil.ignore_patterns("__pycache__"))
+      os.replace(part, kept)
+    reader = adopt.Reader(self.path)
+    nodes = reader.nodes(problems, root)
+    for file, content in reader.repairs.items():
+      if content is None:
+        file.unlink()
+      else:
+        write_atomic(file, _dump(content))
+    return nodes
 
 
-def _as_root(node: Node) -> Node:
-  return dataclasses.replace(node, parent=NO_NODE, before=math.nan)
+def _question(problem: Problem) -> str:
+  """What AFlow logs as the question: HotpotQA's is without its context."""
+  return str(problem.hidden.get("question", problem.prompt))
 
 
 def _expected(problem: Problem) -> str:
@@ -254,12 +229,14 @@ def _expected(problem: Problem) -> str:
   answer = problem.answer
   if answer is None:
     answer = problem.hidden.get("canonical_solution", "")
+  if isinstance(answer, list) and all(isinstance(spans, list) for spans in answer):
+    answer = "|".join(dict.fromkeys(str(span) for spans in answer for span in spans))  # DROP
   return answer if isinstance(answer, str) else json.dumps(answer, default=str)
 
 
 def _log_entry(trial: Trial) -> dict[str, str]:
   return {
-    "question": trial.problem.prompt,
+    "question": _question(trial.problem),
     "right_answer": _expected(trial.problem),
     "model_output": trial.output,
     "extracted_output": trial.extracted,

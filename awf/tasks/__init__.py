@@ -8,23 +8,41 @@ from typing import Any
 from awf.config_io import load_class
 from awf.tasks.aime import AIMEEvaluator
 from awf.tasks.base import DatasetEvaluator, TaskConfig, id_field, text_field
+from awf.tasks.drop import DROPEvaluator
 from awf.tasks.evaluator import WorkflowEvaluator
 from awf.tasks.gsm8k import GSM8KEvaluator
+from awf.tasks.hotpotqa import HotpotQAEvaluator
 from awf.tasks.humaneval import HumanEvalEvaluator
+from awf.tasks.math import MATHEvaluator
+from awf.tasks.mbpp import MBPPEvaluator
 from awf.tasks.nano import NanoEvaluator
 from awf.tasks.numeric import NumericComparisonValidator
 from awf.types import UserError
 
 TASKS: dict[str, type[DatasetEvaluator]] = {
-  task.name: task for task in (AIMEEvaluator, GSM8KEvaluator, HumanEvalEvaluator, NanoEvaluator)
+  task.name: task
+  for task in (
+    AIMEEvaluator,
+    GSM8KEvaluator,
+    MATHEvaluator,
+    HumanEvalEvaluator,
+    MBPPEvaluator,
+    HotpotQAEvaluator,
+    DROPEvaluator,
+    NanoEvaluator,
+  )
 }
 
 __all__ = [
   "TASKS",
   "AIMEEvaluator",
+  "DROPEvaluator",
   "DatasetEvaluator",
   "GSM8KEvaluator",
+  "HotpotQAEvaluator",
   "HumanEvalEvaluator",
+  "MATHEvaluator",
+  "MBPPEvaluator",
   "NanoEvaluator",
   "NumericComparisonValidator",
   "TaskConfig",

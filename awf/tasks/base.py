@@ -93,7 +93,9 @@ class DatasetEvaluator(abc.ABC):
     takes the first problems of each split, in the ratio `validation_share`.
 
     Args:
-      path: JSON list or JSON lines; "" = `config.task.path` (and test_path) or the public home.
+      path: JSON list or JSON lines, or a folder with AFlow's file names
+        (`<data set>_validate.jsonl`, `_test.jsonl` and, for code, `_public_test.jsonl`); "" =
+        `config.task.path` (and test_path) or the public home.
       limit: number of problems; 0 = `config.task.limit`.
 
     Raises:
@@ -135,6 +137,10 @@ class DatasetEvaluator(abc.ABC):
 
   def _files(self, path: str) -> list[tuple[pathlib.Path, str]]:
     """(file, its split or "") of what is to be read."""
+    folder = self._folder(path)
+    if folder is not None:
+      names = {"validation": "validate", "test": "test"}
+      return [(self._aflow_file(folder, names[split]), split) for split in SPLITS]
     if path:
       return [(download.local_file(path), "")]
     if self.config.path:
@@ -149,6 +155,15 @@ class DatasetEvaluator(abc.ABC):
       (download.fetch(source), "" if split == "all" else split)
       for split, source in self.sources.items()
     ]
+
+  def _folder(self, path: str = "") -> pathlib.Path | None:
+    """The folder of AFlow's files, when the path is one."""
+    text = path or self.config.path
+    folder = pathlib.Path(text).expanduser()
+    return folder if text and not text.startswith("hf://") and folder.is_dir() else None
+
+  def _aflow_file(self, folder: pathlib.Path, kind: str) -> pathlib.Path:
+    return download.local_file(str(folder / f"{self.dataset.lower()}_{kind}.jsonl"))
 
   def _problem(self, row: Any, line: int, file: pathlib.Path, split: str, index: int) -> Problem:
     where = f"{file}, line {line}"

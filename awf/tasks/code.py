@@ -1,16 +1,21 @@
-"""Finds the code in a response and has it judged by tests, in processes that share nothing."""
+"""Data sets of Python functions: finds the code in a response and has it judged by tests, in
+processes that share nothing."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
+import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from awf.types import Failure, stable_hash
+from awf.tasks.base import DatasetEvaluator, read_rows
+from awf.types import Failure, Grade, Problem, UserError, stable_hash
 
 if TYPE_CHECKING:
   from awf.sandbox import Sandbox
 
+MAX_CODE_CHARS = 60_000
 MAX_REASON_CHARS = 80
 _FENCE = re.compile(
   r"^[ \t]*```[ \t]*([\w+-]*)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE
@@ -84,3 +89,50 @@ async def judge(
     return None
   kind = str(verdict.get("error", "")).partition(":")[0]
   return Failure("wrong", f"a test failed: {kind[:MAX_REASON_CHARS]}")
+
+
+class CodeEvaluator(DatasetEvaluator):
+  """Base of the data sets whose answer is a function, judged by hidden tests.
+
+  `hidden` of a problem has "test" and may have "prelude", see `judge`.
+  """
+
+  question_type = "code"
+  needs_sandbox = True
+  is_completion: ClassVar[bool] = False  # whether a prompt is code that a response may continue
+
+  def load_dataset(self, path: str | os.PathLike[str] = "", limit: int = 0) -> list[Problem]:
+    """As in the base; a folder's `_public_test.jsonl` {entry_point, test: [...]} gives the tests
+    that workflows may run, in the place of the data set's own."""
+    problems = super().load_dataset(path, limit)
+    folder = self._folder(os.fspath(path))
+    file = folder and folder / f"{self.dataset.lower()}_public_test.jsonl"
+    if not file or not file.is_file():
+      return problems
+    public: dict[str, tuple[str, ...]] = {}
+    for row, line in read_rows(file):
+      tests = row.get("test") if isinstance(row, dict) else None
+      tests = [tests] if isinstance(tests, str) else tests
+      if not isinstance(tests, list) or not all(isinstance(one, str) for one in tests):
+        raise UserError(
+          f"{file}, line {line}: expected {{entry_point, test: [texts]}} (config.task.path)"
+        )
+      public[str(row.get("entry_point"))] = tuple(tests)
+    return [
+      dataclasses.replace(p, public_tests=public.get(p.entry_point, p.public_tests))
+      for p in problems
+    ]
+
+  async def grade(self, problem: Problem, response: str) -> Grade:
+    assert self.sandbox is not None
+    start = problem.prompt if self.is_completion else ""
+    solution = find_solution(response[-MAX_CODE_CHARS:], start, problem.entry_point)
+    hidden = problem.hidden
+    failure = await judge(
+      self.sandbox, solution, hidden["test"], problem.entry_point, hidden.get("prelude", "")
+    )
+    shown = solution[:2000]
+    if failure is None:
+      return Grade(1.0, True, shown)
+    score = float("nan") if failure.kind == "infrastructure" else 0.0
+    return Grade(score, False, shown, f"{failure.kind}: {failure.message}")

@@ -1,4 +1,8 @@
-"""Gets a public data set once: pinned address, checksum, cached file, clear words when offline."""
+"""Gets a public data set once: pinned address, checksum, cached file, clear words when offline.
+
+Every file that came from elsewhere has its checksum in the cache, written at its first use and
+verified at each later one; where a `Source` pins one, the first use is verified too.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,13 @@ MAX_BYTES = 100 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A file at a fixed commit; `sha256` is that of the file as served."""
+  """A public file by its address, `https://...` or `hf://datasets/...`.
+
+  `sha256` is that of the file as served; "" where only its first use can tell.
+  """
 
   url: str
-  sha256: str
+  sha256: str = ""
 
 
 # The model of a run without network has to be here too.
@@ -41,7 +48,7 @@ def cache_dir() -> pathlib.Path:
 def local_file(path: str, field: str = "config.task.path") -> pathlib.Path:
   """A local file, or a file of the Hugging Face hub by `hf://datasets/OWNER/NAME/FILE[@REVISION]`."""
   if path.startswith("hf://"):
-    return _hub_file(path, field)
+    return _verified(_hub_file(path, field), path)
   file = pathlib.Path(path).expanduser()
   if not file.is_file():
     raise UserError(f"no such file: {path}; expected JSON or JSON lines in {field}")
@@ -52,25 +59,53 @@ def fetch(source: Source) -> pathlib.Path:
   """The cached copy of a source, downloaded when it is not there; gzip is unpacked.
 
   Raises:
-    UserError: no network, or a file that is not the pinned one.
+    UserError: no network, a file that is not the pinned one, or one that changed since.
   """
+  if source.url.startswith("hf://"):
+    return local_file(source.url)
   name = source.url.rsplit("/", 1)[-1]
-  target = cache_dir() / f"{source.sha256[:16]}-{name.removesuffix('.gz')}"
+  pinned = source.sha256 or hashlib.sha256(source.url.encode()).hexdigest()
+  target = cache_dir() / f"{pinned[:16]}-{name.removesuffix('.gz')}"
   if target.is_file():
-    return target
+    return _verified(target, source.url)
   raw = _get(source.url)
   digest = hashlib.sha256(raw).hexdigest()
-  if digest != source.sha256:
+  if source.sha256 and digest != source.sha256:
     raise UserError(
       f"{source.url} has sha256 {digest}, expected {source.sha256}: the file was changed on its "
       "way; download it yourself and set config.task.path"
     )
-  data = gzip.decompress(raw) if name.endswith(".gz") else raw
+  _write(target, gzip.decompress(raw) if name.endswith(".gz") else raw)
+  return _verified(target, source.url)
+
+
+def _verified(file: pathlib.Path, address: str) -> pathlib.Path:
+  """The file, if it is still what it was at its first use; records that now when there was none.
+
+  Raises:
+    UserError: another content.
+  """
+  with open(file, "rb") as f:
+    digest = hashlib.file_digest(f, "sha256").hexdigest()
+  record = cache_dir() / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}.sha256"
+  if not record.is_file():
+    _write(record, f"{digest}  {address}\n".encode())
+    return file
+  expected = record.read_text(encoding="utf-8").partition(" ")[0]
+  if digest != expected:
+    raise UserError(
+      f"{file}, from {address}, has sha256 {digest}, but {expected} when it was first used: it was "
+      f"damaged, or its home has a new version; remove {record} to accept it, remove the file to "
+      "get it again, or set config.task.path"
+    )
+  return file
+
+
+def _write(target: pathlib.Path, data: bytes) -> None:
   target.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as part:
     part.write(data)
   os.replace(part.name, target)
-  return target
 
 
 def _get(url: str) -> bytes:

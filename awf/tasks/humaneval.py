@@ -7,23 +7,21 @@ import doctest
 from collections.abc import Mapping
 from typing import Any
 
-from awf.tasks.base import DatasetEvaluator, id_field, text_field
-from awf.tasks.code import find_solution, judge
+from awf.tasks.base import id_field, text_field
+from awf.tasks.code import CodeEvaluator
 from awf.tasks.download import Source
-from awf.types import Grade, Problem
+from awf.types import Problem
 
-MAX_CODE_CHARS = 60_000
 _HOME = "https://raw.githubusercontent.com/openai/human-eval"
 _COMMIT = "6d43fb980f9fee3c892a914eda09951f772ad10d"
 
 
-class HumanEvalEvaluator(DatasetEvaluator):
+class HumanEvalEvaluator(CodeEvaluator):
   """Fields: task_id, prompt, entry_point, test; the reference solution stays hidden."""
 
   name = "humaneval"
   dataset = "HumanEval"
-  question_type = "code"
-  needs_sandbox = True
+  is_completion = True
   sources = {
     "all": Source(
       f"{_HOME}/{_COMMIT}/data/HumanEval.jsonl.gz",
@@ -45,21 +43,9 @@ class HumanEvalEvaluator(DatasetEvaluator):
         "test": text_field(row, "test"),
         # Some tests call helpers that the prompt defines beside the function.
         "prelude": prompt + reference if isinstance(reference, str) else _with_body(prompt),
+        "canonical_solution": reference if isinstance(reference, str) else "",
       },
     )
-
-  async def grade(self, problem: Problem, response: str) -> Grade:
-    solution = find_solution(response[-MAX_CODE_CHARS:], problem.prompt, problem.entry_point)
-    assert self.sandbox is not None
-    hidden = problem.hidden
-    failure = await judge(
-      self.sandbox, solution, hidden["test"], problem.entry_point, hidden["prelude"]
-    )
-    shown = solution[:2000]
-    if failure is None:
-      return Grade(1.0, True, shown)
-    score = float("nan") if failure.kind == "infrastructure" else 0.0
-    return Grade(score, False, shown, f"{failure.kind}: {failure.message}")
 
 
 def public_tests(prompt: str, entry_point: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import sys
 import threading
 
 MAX_CHARS = 300
+WALL = 6  # a helper that waits, or is kept from running, has this many times its processor time
 _WORKER = pathlib.Path(__file__).with_name("latex_worker.py")
 # Math only: no quotes, attribute access or calls by name could reach a parser that evaluates.
 _ALLOWED = re.compile(r"[A-Za-z0-9\s\\{}()\[\]^_+\-*/=<>.,:;!|&'%]*")
@@ -25,7 +26,8 @@ _COSTLY = re.compile(
 class LatexComparer:
   """Says whether two LaTeX expressions are equal; what takes too long counts as unequal.
 
-  Thread-safe; one helper process, started when first needed and replaced after a time-out or crash.
+  The limit is one of processor time, so that a busy machine changes no verdict. Thread-safe; one
+  helper process, started when first needed and replaced after a time-out or crash.
   """
 
   def __init__(self, seconds: float = 5.0, memory_mb: int = 1024):
@@ -83,11 +85,11 @@ class LatexComparer:
     if process is None or process.poll() is not None:
       self.close()
       process = self._start()
-    request = json.dumps({"expected": expected, "answer": answer}) + "\n"
+    request = json.dumps({"expected": expected, "answer": answer, "seconds": self.seconds}) + "\n"
     assert process.stdin is not None
     try:
       process.stdin.write(request.encode())
-      reply = self._line(process, self.seconds)
+      reply = self._line(process, WALL * self.seconds)
     except BrokenPipeError:
       reply = None
     if reply is None:

@@ -1,6 +1,7 @@
 """Compares LaTeX expressions in a process of its own: JSON lines in, JSON lines out.
 
-Run as a file by `awf.tasks.latex`, which limits its time and kills it when that is spent.
+Run as a file by `awf.tasks.latex`. A comparison that spends its processor time ends the process:
+the timer's signal is left to its default action, which no library code can catch.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import signal
 import sys
 import warnings
 
@@ -15,7 +17,8 @@ FLOAT_DIGITS = 12
 
 
 def main(memory_bytes: int) -> None:
-  """Answers {"equal": bool} to each line {"expected": str, "answer": str} until the input ends."""
+  """Answers {"equal": bool} to each line {"expected", "answer": str, "seconds": float} until the
+  input ends."""
   warnings.simplefilter("ignore")
   logging.disable(logging.CRITICAL)
   resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
@@ -35,10 +38,12 @@ def main(memory_bytes: int) -> None:
   sys.stdout.flush()
   for line in sys.stdin:
     request = json.loads(line)
+    signal.setitimer(signal.ITIMER_PROF, request["seconds"])
     expected, answer = read(request["expected"]), read(request["answer"])
     equal = bool(expected and answer) and verify(
       expected, answer, float_rounding=FLOAT_DIGITS, timeout_seconds=None
     )
+    signal.setitimer(signal.ITIMER_PROF, 0)
     sys.stdout.write(json.dumps({"equal": bool(equal)}) + "\n")
     sys.stdout.flush()
 

@@ -21,6 +21,10 @@ _MARKER = re.compile(
   r"(?:answer(?:\s+is)?|result(?:\s+is)?|total(?:\s+is)?|equals|####|=|≈)\s*:?\s*(?=[-+0-9.])",
   re.IGNORECASE,
 )
+_CONCLUSION = re.compile(r"\banswer(?:\s+is)?\s*:?\s+(?=\S)|\banswer:", re.IGNORECASE)
+_MATH_SPAN = re.compile(
+  r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
 _MATH = re.compile(r"\\|[\^()*/+=!-]|\b(?:pi|sqrt)\b")
 
 
@@ -58,6 +62,27 @@ def _from_box(text: str) -> Extraction | None:
   return Extraction(rest[1:].partition("\n")[0].strip(), "boxed", True)
 
 
+def last_box(text: str) -> str:
+  """The content of the last `\\boxed{}` of a text, "" without one."""
+  found = _from_box(text)
+  return found.text if found else ""
+
+
+def _from_conclusion(text: str) -> Extraction | None:
+  """What stands behind `answer is` or `answer:` in the last line, else the last formula of it."""
+  lines = [line.strip(" \t*`_") for line in text.splitlines() if line.strip(" \t*`_.$")]
+  if not lines:
+    return None
+  line = _end(lines[-1])
+  announced = list(_CONCLUSION.finditer(line))
+  rest = line[announced[-1].end() :] if announced else line
+  spans = [next(filter(None, groups)) for groups in _MATH_SPAN.findall(rest)]
+  if not announced and not spans:
+    return None
+  answer = spans[-1] if spans else rest
+  return Extraction(answer.strip(" \t*`_").rstrip(".").strip(), "conclusion", True)
+
+
 def _from_last_line(text: str) -> Extraction | None:
   """The number behind `answer is`, `=`, `####` ... in the last line, or the only number there."""
   lines = [line for line in text.splitlines() if line.strip(" \t*`.$")]
@@ -91,6 +116,7 @@ def _from_last_number(text: str) -> Extraction | None:
 STRATEGIES: dict[str, Callable[[str], Extraction | None]] = {
   "tag": _from_tag,
   "boxed": _from_box,
+  "conclusion": _from_conclusion,
   "last_line": _from_last_line,
   "last_number": _from_last_number,
 }

@@ -91,6 +91,11 @@ class ModelClient:
     }
 
 
+def malformed(message: str) -> JobError:
+  """The failure of an operator whose model does not reply in the form that was asked for."""
+  return JobError("format", message)
+
+
 def client_of(llm: Any, operator_name: str) -> ModelClient:
   """Checks what an operator was built with.
 

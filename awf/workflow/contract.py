@@ -81,6 +81,16 @@ OPERATORS: dict[str, OperatorSpec] = dict(
       "sc_ensemble(solutions: List[str], problem: str) -> dict with key 'response' of type str",
     ),
     _spec(
+      "MdEnsemble",
+      "md_ensemble",
+      ("solutions", "problem"),
+      ("mode",),
+      ("solution",),
+      "Lets the model vote five times on the solutions, in a new order each time; returns the one"
+      " with most votes",
+      "md_ensemble(solutions: List[str], problem: str) -> dict with key 'solution' of type str",
+    ),
+    _spec(
       "Programmer",
       "programmer",
       ("problem",),
@@ -100,6 +110,15 @@ OPERATORS: dict[str, OperatorSpec] = dict(
       "Runs the public tests on the solution and lets the model repair it when one fails",
       "test(problem: str, solution: str, entry_point: str) -> dict with keys 'result' of type bool"
       " and 'solution' of type str",
+    ),
+    _spec(
+      "Format",
+      "format",
+      ("problem", "solution"),
+      ("mode",),
+      ("response",),
+      "Takes the short final answer out of a solution",
+      "format(problem: str, solution: str) -> dict with key 'response' of type str",
     ),
     _spec(
       "Review",
@@ -128,6 +147,8 @@ OPERATORS_BY_TYPE: dict[str, tuple[str, ...]] = {
   "math": ("Custom", "ScEnsemble", "Programmer"),
   "code": ("Custom", "CustomCodeGenerate", "ScEnsemble", "Test"),
 }
+
+ALL_OPERATORS = tuple(OPERATORS)
 
 # Names that a graph uses without importing them.
 PROVIDED_NAMES = (
@@ -186,6 +207,8 @@ _HEADER_LINE = re.compile(
   r"|from scripts\.async_llm import create_llm_instance"
   r"|from scripts\.evaluator import DatasetType"
 )
+# What graphs may import of AFlow's scripts; runtime.py makes these modules.
+SCRIPT_MODULES = ("scripts.async_llm", "scripts.evaluator", "scripts.logs")
 OPERATOR_MODULE = re.compile(r"workspace\.[\w.]+\.template\.operator|scripts\.operators")
 PROMPT_MODULE = re.compile(r"workspace\.[\w.]+\.round_\d+\.prompt")
 
@@ -211,6 +234,15 @@ def operators_of(question_type: str) -> tuple[str, ...]:
       "change the task named by config.task.name"
     )
   return OPERATORS_BY_TYPE[question_type]
+
+
+_USED = re.compile(r"\boperator\.([A-Z]\w*)")
+
+
+def allowed_operators(offered: tuple[str, ...], *graphs: str) -> tuple[str, ...]:
+  """What an edit of graphs may use: the operators that are offered and those that they have."""
+  used = {name for graph in graphs for name in _USED.findall(graph)}
+  return offered + tuple(name for name in OPERATORS if name in used and name not in offered)
 
 
 def graph_header(dataset: str, round_number: int) -> str:

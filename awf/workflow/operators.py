@@ -3,17 +3,26 @@
 Source: FoundationAgents/AFlow, `workspace/*/workflows/template/operator.py` and
   `scripts/operators.py` for names, signatures and result keys. Where those are broken (Programmer,
   a malformed letter in ScEnsemble) this works instead.
+
+A reply without the form that was asked for is asked for again, with what it lacked; after that the
+workflow fails, with the kind "format".
 """
 
 from __future__ import annotations
 
-import textwrap
-from typing import Any
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from awf.workflow import prompts
-from awf.workflow.client import ModelClient, client_of
+from awf.workflow.client import ModelClient, client_of, malformed
 from awf.workflow.extract import choice_letter, code_of, normal_answer, tag
 
+T = TypeVar("T")
+
+FORMAT_TRIES = 3
 PROGRAM_TRIES = 3
 FEEDBACK_CHARS = 300
 MAX_CHOICES = 26
@@ -30,16 +39,34 @@ class Operator:
     """Runs the operator; each subclass has its own arguments and result keys."""
     raise TypeError(f"{type(self).__name__} has no call of its own")
 
-  async def _fields(self, prompt: str, names: tuple[str, ...]) -> tuple[dict[str, str | None], str]:
-    """Asks for tags, once more when one is missing; returns the fields and the last reply."""
-    fields: dict[str, str | None] = {}
-    text = ""
-    for _ in range(2):
-      text = await self.llm(prompt)
-      fields = {name: tag(text, name) for name in names}
-      if None not in fields.values():
-        break
-    return fields, text
+  async def _read(self, prompt: str, read: Callable[[str], T | None], wanted: str) -> T:
+    """Asks until `read` finds what is wanted in the reply.
+
+    Raises:
+      JobError: kind "format", after `FORMAT_TRIES` replies without it.
+    """
+    asked = prompt
+    for _ in range(FORMAT_TRIES):
+      found = read(await self.llm(asked))
+      if found is not None:
+        return found
+      asked = prompts.again(prompt, wanted)
+    raise malformed(f"{type(self).__name__}: no {wanted} in {FORMAT_TRIES} replies")
+
+  async def _fields(self, prompt: str, names: tuple[str, ...]) -> dict[str, str]:
+    """Asks for tags, until all are there."""
+
+    def read(text: str) -> dict[str, str] | None:
+      found = {name: tag(text, name) for name in names}
+      whole = {name: value for name, value in found.items() if value is not None}
+      return whole if len(whole) == len(names) else None
+
+    return await self._read(prompt, read, " and ".join(f"<{name}>" for name in names))
+
+  async def _choose(self, prompt: str, count: int) -> int:
+    """Asks for one of `count` letters; returns its index."""
+    wanted = f"letter from A to {chr(64 + count)} in <solution_letter>"
+    return await self._read(prompt, lambda text: choice_letter(text, count), wanted)
 
 
 class Custom(Operator):
@@ -54,13 +81,8 @@ class AnswerGenerate(Operator):
   """Steps, then a short answer."""
 
   async def __call__(self, input: str) -> dict[str, Any]:
-    """Returns "thought" and "answer"; a reply without tags counts as the answer."""
-    fields, text = await self._fields(prompts.answer_generate(str(input)), ("thought", "answer"))
-    answer = fields["answer"]
-    return {
-      "thought": fields["thought"] or "",
-      "answer": text.strip() if answer is None else answer,
-    }
+    """Returns "thought" and "answer"."""
+    return await self._fields(prompts.answer_generate(str(input)), ("thought", "answer"))
 
 
 class CustomCodeGenerate(Operator):
@@ -69,7 +91,12 @@ class CustomCodeGenerate(Operator):
   async def __call__(self, problem: str, entry_point: str, instruction: str) -> dict[str, Any]:
     """Returns "response": the code without fences."""
     prompt = prompts.code_generate(str(problem), str(entry_point), str(instruction))
-    return {"response": code_of(await self.llm(prompt))}
+    return {"response": await self._read(prompt, _some_code, "Python code")}
+
+
+def _some_code(text: str) -> str | None:
+  code = code_of(text)
+  return code if code.strip() else None
 
 
 class ScEnsemble(Operator):
@@ -79,7 +106,7 @@ class ScEnsemble(Operator):
     """Returns "response": the first solution that has the chosen answer.
 
     Answers are compared by `normal_answer`; empty ones do not count. The model is asked only when
-    several answers are equally frequent; a reply without a valid letter means the first of them.
+    several answers are equally frequent.
     """
     texts = ["" if one is None else str(one) for one in solutions]
     first: dict[str, str] = {}
@@ -95,8 +122,35 @@ class ScEnsemble(Operator):
     tied = [first[answer] for answer, n in count.items() if n == most][:MAX_CHOICES]
     if len(tied) == 1:
       return {"response": tied[0]}
-    reply = await self.llm(prompts.sc_ensemble(tied, str(problem)))
-    return {"response": tied[choice_letter(reply, len(tied)) or 0]}
+    return {
+      "response": tied[await self._choose(prompts.sc_ensemble(tied, str(problem)), len(tied))]
+    }
+
+
+class MdEnsemble(Operator):
+  """Votes on the solutions in a shuffled order, a new one each time; the majority wins."""
+
+  def __init__(self, llm: ModelClient, name: str = "", vote_count: int = 5) -> None:
+    super().__init__(llm, name)
+    self.vote_count = int(vote_count)
+
+  async def __call__(
+    self, solutions: list[str], problem: str, mode: str | None = None
+  ) -> dict[str, Any]:
+    """Returns "solution": the one with most votes, the earlier one on a tie. Equal texts are one
+    option."""
+    del mode
+    options = list(dict.fromkeys("" if one is None else str(one) for one in solutions))
+    options = options[:MAX_CHOICES]
+    if len(options) < 2:
+      return {"solution": options[0] if options else ""}
+    ballots = (self._vote(options, str(problem), i) for i in range(self.vote_count))
+    votes = Counter(await asyncio.gather(*ballots))
+    return {"solution": max(options, key=votes.__getitem__)}
+
+  async def _vote(self, options: list[str], problem: str, index: int) -> str:
+    order = random.Random(f"{index} {options}").sample(options, len(options))
+    return order[await self._choose(prompts.md_ensemble(order, problem), len(order))]
 
 
 class Programmer(Operator):
@@ -136,10 +190,7 @@ class Test(Operator):
 
   async def _failure(self, solution: str, entry_point: str) -> str:
     """One line on the first public test that fails, "" when all pass."""
-    for snippet in self.llm.session.public_tests:
-      tests = snippet
-      if "def check(" not in snippet:
-        tests = "def check(candidate):\n" + textwrap.indent(snippet, "    ")
+    for tests in self.llm.session.public_tests:
       reply = await self.llm.session.call(
         "test", {"solution": solution, "tests": tests, "entry_point": entry_point}
       )
@@ -148,20 +199,31 @@ class Test(Operator):
     return ""
 
 
+class Format(Operator):
+  """Lets the model take the short answer out of a solution."""
+
+  async def __call__(self, problem: str, solution: str, mode: str | None = None) -> dict[str, Any]:
+    """Returns "response"."""
+    del mode
+    return {"response": (await self.llm(prompts.short_answer(str(problem), str(solution)))).strip()}
+
+
 class Review(Operator):
   """Lets the model judge a solution."""
 
   async def __call__(self, problem: str, solution: str, mode: str | None = None) -> dict[str, Any]:
-    """Returns "review_result" ("false", or "true" when the reply does not say so), "feedback"."""
+    """Returns "review_result" ("true" or "false") and "feedback"."""
     del mode
+
+    def read(text: str) -> dict[str, Any] | None:
+      verdict, feedback = tag(text, "review_result"), tag(text, "feedback")
+      word = (verdict or "").strip(" .").lower()
+      if word not in ("true", "false") or feedback is None:
+        return None
+      return {"review_result": word, "feedback": feedback}
+
     prompt = prompts.review(str(problem), str(solution))
-    fields, text = await self._fields(prompt, ("review_result", "feedback"))
-    verdict = (fields["review_result"] or "").lower()
-    feedback = fields["feedback"]
-    return {
-      "review_result": "false" if "false" in verdict else "true",
-      "feedback": text.strip() if feedback is None else feedback,
-    }
+    return await self._read(prompt, read, "<review_result> of true or false and <feedback>")
 
 
 class Revise(Operator):
@@ -170,12 +232,10 @@ class Revise(Operator):
   async def __call__(
     self, problem: str, solution: str, feedback: str, mode: str | None = None
   ) -> dict[str, Any]:
-    """Returns "solution"; a reply without the tag counts as the solution."""
+    """Returns "solution"."""
     del mode
     prompt = prompts.revise(str(problem), str(solution), str(feedback))
-    fields, text = await self._fields(prompt, ("solution",))
-    revised = fields["solution"]
-    return {"solution": text.strip() if revised is None else revised}
+    return await self._fields(prompt, ("solution",))
 
 
 CLASSES: tuple[type[Operator], ...] = (
@@ -183,8 +243,10 @@ CLASSES: tuple[type[Operator], ...] = (
   AnswerGenerate,
   CustomCodeGenerate,
   ScEnsemble,
+  MdEnsemble,
   Programmer,
   Test,
+  Format,
   Review,
   Revise,
 )

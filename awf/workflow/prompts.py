@@ -47,6 +47,27 @@ def answer_generate(input: str) -> str:
   )
 
 
+def again(prompt: str, wanted: str) -> str:
+  """The prompt once more, after a reply that did not have what was asked for."""
+  return f"{prompt}\nThe last reply had no {wanted}. Reply in exactly that form."
+
+
+def md_ensemble(solutions: list[str], problem: str) -> str:
+  """As `sc_ensemble`, for the best solution alone."""
+  listed = "\n".join(f"{chr(65 + i)}: {text}" for i, text in enumerate(solutions))
+  return (
+    f"Problem: {problem}\nCandidate solutions:\n{listed}\nWhich one is the best? {XML_RULE}\n"
+    "<thought>why</thought>\n<solution_letter>one letter</solution_letter>"
+  )
+
+
+def short_answer(problem: str, solution: str) -> str:
+  return (
+    f"Problem: {problem}\nSolution: {solution}\nWhat is the final answer of this solution? Reply "
+    "with the answer alone, a number or a few words."
+  )
+
+
 def review(problem: str, solution: str) -> str:
   return (
     f"Problem: {problem}\nSolution: {solution}\nCheck the solution. Reject it only when you are "

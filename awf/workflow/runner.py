@@ -11,6 +11,7 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeGuard, TypeVar
 
 from awf.sandbox import CallError, Job, JobResult, Sandbox
@@ -123,6 +124,7 @@ class WorkflowRunner:
     dataset: AFlow's name of the data set.
     question_type: qa, math or code; code workflows also get the entry point.
     concurrency: workflows that run at a time.
+    watch: is entered while a workflow is asked for, until its result is there.
 
   Raises:
     UserError: unknown question type, or concurrency < 1.
@@ -139,6 +141,7 @@ class WorkflowRunner:
     dataset: str,
     question_type: str,
     concurrency: int = 64,
+    watch: Callable[[], AbstractContextManager[None]] = nullcontext,
   ) -> None:
     operators_of(question_type)
     if concurrency < 1:
@@ -150,7 +153,7 @@ class WorkflowRunner:
     self._seed = seed
     self._dataset = dataset
     self._is_code = question_type == "code"
-    self._concurrency = concurrency
+    self._concurrency, self._watch = concurrency, watch
     self._gate: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
     self._results: Shared[WorkflowResult] = Shared(lambda value: not _is_infrastructure(value))
     self._replies: Shared[dict[str, Any]] = Shared(lambda value: True)
@@ -175,7 +178,8 @@ class WorkflowRunner:
     if fault:
       return WorkflowResult(None, Failure("format", fault))
     key = (canonical(source), problem.id, problem.prompt)
-    return await self._results.get(key, lambda: self._run(source, problem, key[0]))
+    with self._watch():
+      return await self._results.get(key, lambda: self._run(source, problem, key[0]))
 
   def stats(self) -> dict[str, int]:
     """Counts since the start: jobs and results shared, model calls, tokens, programs and tests."""

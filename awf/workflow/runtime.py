@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import importlib
+import logging
 import types
 import typing
 from typing import Any
@@ -107,8 +108,14 @@ def load_workflow(payload: dict[str, Any], session: Session) -> Any:
     JobError: kinds "format" and "policy". Whatever the graph's own code raises comes through.
   """
 
+  class AsyncLLM(ModelClient):
+    """AFlow's name and constructor of the model."""
+
+    def __init__(self, config: Any = None, system_msg: str | None = None) -> None:
+      super().__init__(session, config, system_msg)
+
   def create_llm_instance(llm_config: Any = None) -> ModelClient:
-    return ModelClient(session, llm_config)
+    return AsyncLLM(llm_config)
 
   operator = _module("operator", Operator=operators.Operator)
   for one in operators.CLASSES:
@@ -118,8 +125,12 @@ def load_workflow(payload: dict[str, Any], session: Session) -> Any:
     "operator": operator,
     "prompt": prompt,
     "scripts.async_llm": _module(
-      "scripts.async_llm", create_llm_instance=create_llm_instance, LLMConfig=ModelConfig
+      "scripts.async_llm",
+      create_llm_instance=create_llm_instance,
+      LLMConfig=ModelConfig,
+      AsyncLLM=AsyncLLM,
     ),
+    "scripts.logs": _module("scripts.logs", logger=logging.getLogger("workflow")),
     "scripts.evaluator": _module("scripts.evaluator", DatasetType=DatasetType),
   }
   scope = {**vars(builtins), "__import__": _Importer(modules)}

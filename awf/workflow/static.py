@@ -20,6 +20,7 @@ from awf.workflow.contract import (
   OPERATORS,
   PROMPT_MODULE,
   PROVIDED_NAMES,
+  SCRIPT_MODULES,
 )
 from awf.workflow.graph import FUNCTIONS, Function, Graph, fail, read_graph, self_attribute
 from awf.workflow.parse import SourceError, check_compiles, parse_text, prompt_constants
@@ -31,15 +32,17 @@ FORBIDDEN_NAMES = frozenset(
   "eval exec compile open input __import__ globals locals vars breakpoint exit quit".split()
 )
 HARMLESS_DUNDERS = frozenset(("__init__", "__call__", "__name__"))
-_HEADER_MODULES = ("scripts.async_llm", "scripts.evaluator")
 
 
-def static_check(source: WorkflowSource, operators: tuple[str, ...]) -> Failure | None:
+def static_check(
+  source: WorkflowSource, operators: tuple[str, ...], is_code: bool | None = None
+) -> Failure | None:
   """Checks a workflow without running it.
 
   Args:
     source: graph and prompt text as the optimiser wrote them.
-    operators: names of the operators that the data set offers.
+    operators: names of the operators that it may use.
+    is_code: whether `__call__` gets an entry point; None: when an operator for code is among them.
 
   Returns:
     None when nothing is wrong, else kind "format" or "policy" with one line that says what to
@@ -52,7 +55,9 @@ def static_check(source: WorkflowSource, operators: tuple[str, ...]) -> Failure 
     _check_policy(tree)
     _check_names(tree)
     graph = read_graph(tree, operators)
-    _check_signatures(graph)
+    if is_code is None:
+      is_code = "Test" in operators or "CustomCodeGenerate" in operators
+    _check_signatures(graph, is_code)
     _check_operators(graph)
     _check_attributes(graph)
     _check_prompts(tree, constants)
@@ -86,7 +91,7 @@ def _is_dunder(name: str) -> bool:
 
 def _check_import(name: str, line: str) -> None:
   known = OPERATOR_MODULE.fullmatch(name) or PROMPT_MODULE.fullmatch(name)
-  if known or name in _HEADER_MODULES or name.partition(".")[0] in ALLOWED_IMPORTS:
+  if known or name in SCRIPT_MODULES or name.partition(".")[0] in ALLOWED_IMPORTS:
     return
   allowed = ", ".join(ALLOWED_IMPORTS)
   raise SourceError("policy", f"{line}import of {name!r} is not allowed, only of {allowed}")
@@ -140,14 +145,13 @@ def _accepts(function: Function, count: int) -> bool:
   return required <= count and (count <= positional or args.vararg is not None) and free_keywords
 
 
-def _check_signatures(graph: Graph) -> None:
+def _check_signatures(graph: Graph, is_code: bool) -> None:
   for method in graph.methods():
     if not method.decorator_list and not (method.args.posonlyargs or method.args.args):
       fail(f"the method {method.name} lacks self", method)
   init, call = graph.method("__init__"), graph.method("__call__")
   if not isinstance(init, ast.FunctionDef) or not _accepts(init, 3):
     fail("Workflow needs `def __init__(self, name: str, llm_config, dataset: DatasetType)`", init)
-  is_code = "Test" in graph.operators or "CustomCodeGenerate" in graph.operators
   wanted = "(self, problem: str, entry_point: str)" if is_code else "(self, problem: str)"
   if not isinstance(call, ast.AsyncFunctionDef):
     fail(f"Workflow needs `async def __call__{wanted}`", call)

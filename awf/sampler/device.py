@@ -1,0 +1,106 @@
+"""The engine's cache and compiled programs, and the seconds that they take."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from awf.qwen.config import QwenConfig
+from awf.sampler.cache import LayerCache, init_cache
+from awf.sampler.decode import Shapes, Work, compile_dispatch
+
+FEW = 4  # fast mode: a second program for one in FEW of the rows
+
+
+def cache_shardings(config: QwenConfig, mesh: jax.sharding.Mesh) -> Any:
+  """Key/value heads over `tensor` where it divides them, else the cache is whole everywhere.
+
+  Returns:
+    A tree of NamedSharding like the cache.
+  """
+  heads = "tensor" if config.num_key_value_heads % mesh.shape["tensor"] == 0 else None
+  prompt, own = (
+    jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(None,) * lead, heads))
+    for lead in (1, 2)
+  )
+  return (LayerCache(prompt, prompt, own, own),) * config.num_hidden_layers
+
+
+def fewer_rows(shapes: Shapes, rows: int) -> Shapes:
+  """Shapes of a program that decodes the first `rows` rows of the same cache."""
+  return dataclasses.replace(
+    shapes,
+    rows=rows,
+    group=math.gcd(shapes.group, rows),
+    at_once=math.gcd(shapes.at_once, rows),
+  )
+
+
+class Device:
+  """Runs dispatches one after the other.
+
+  Attributes:
+    num_traces: programs traced.
+    is_split: prefill and decode of a dispatch run apart, so that each has its seconds; for mode
+      bench.
+    counts: since the start: dispatches, steps, row_slots (rows x steps), busy_seconds, and, while
+      `is_split`, prefill_seconds and decode_seconds.
+
+  Args:
+    config: architecture.
+    params: base parameters, never donated.
+    shapes: of the whole engine.
+    strict: one program for everything. Else a dispatch whose running rows are all among the first
+      rows // FEW takes a smaller one, whose results differ within rounding.
+    mesh: where the parameters lie; None is the default device.
+  """
+
+  def __init__(
+    self,
+    config: QwenConfig,
+    params: Any,
+    shapes: Shapes,
+    strict: bool,
+    mesh: jax.sharding.Mesh | None,
+  ) -> None:
+    self.num_traces, self.is_split = 0, False
+    self.counts: dict[str, float] = dict.fromkeys(("dispatches", "steps", "row_slots"), 0)
+    self.counts |= dict.fromkeys(("busy_seconds", "prefill_seconds", "decode_seconds"), 0.0)
+    self._params = params
+    few = shapes.rows // FEW
+    sizes = [shapes] if strict or not few else [fewer_rows(shapes, few), shapes]
+    self._programs = [(size, compile_dispatch(config, size, self._count_trace)) for size in sizes]
+    shardings = None if mesh is None else cache_shardings(config, mesh)
+    self._cache = jax.jit(lambda: init_cache(config, shapes.cache), out_shardings=shardings)()
+
+  def _count_trace(self) -> None:
+    self.num_traces += 1
+
+  def run(self, lora: Any, work: Work[np.ndarray]) -> np.ndarray:
+    """One dispatch; waits for its packed result, which may hold the first rows alone."""
+    used = work.rows_used()
+    shapes, program = next(x for x in self._programs if x[0].rows >= used)
+    if shapes.rows < len(work.table_BX):
+      work = work.first_rows(shapes.rows)
+    stages = [("busy_seconds", work)]
+    if self.is_split:
+      parts = work.only_prefill(), work.only_decode()
+      stages = list(zip(("prefill_seconds", "decode_seconds"), parts, strict=True))
+    packed = np.zeros(0)
+    for name, part in stages:
+      began = time.perf_counter()
+      self._cache, packed = program(self._params, lora, self._cache, part)
+      packed = np.asarray(packed)  # the one copy to the host; waits for the device
+      seconds = time.perf_counter() - began
+      self.counts[name] += seconds
+      self.counts["busy_seconds"] += seconds if self.is_split else 0.0
+    steps = int(packed[-1, 0])
+    self.counts["dispatches"] += 1
+    self.counts["steps"] += steps
+    self.counts["row_slots"] += steps * shapes.rows
+    return packed

@@ -1,0 +1,57 @@
+"""Which problems a round may draw its common set from: problems ordered by how often they are
+solved.
+
+The order is a function of the tree alone, so it is resumed with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from awf.search.tree import NO_NODE, Tree
+from awf.types import Problem
+
+ORDERS = ("none", "easy_first", "hard_first")
+PRIOR = 0.5  # rate of a problem that no workflow was run on; counts as one workflow
+
+
+def solve_rates(tree: Tree, problems: Sequence[Problem]) -> dict[str, float]:
+  """Mean score of each problem over the different workflows that were evaluated on it."""
+  total = {p.id: PRIOR for p in problems}
+  count = dict.fromkeys(total, 1)
+  for node in tree.nodes.values():
+    if not node.evaluated or node.duplicate_of != NO_NODE:
+      continue
+    for id in node.scores.keys() & total.keys():
+      total[id] += node.scores[id]
+      count[id] += 1
+  return {id: total[id] / count[id] for id in total}
+
+
+def by_solve_rate(tree: Tree, problems: Sequence[Problem], order: str) -> list[Problem]:
+  """The problems in one of `ORDERS`; equal rates keep the data set's order."""
+  if order == "none":
+    return list(problems)
+  rates = solve_rates(tree, problems)
+  return sorted(problems, key=lambda p: rates[p.id], reverse=order == "easy_first")
+
+
+def problem_pool(
+  tree: Tree, problems: Sequence[Problem], order: str, share: float, progress: float, least: int
+) -> list[Problem]:
+  """The first problems of the order, more of them as the search goes on.
+
+  Args:
+    tree: what was evaluated so far.
+    problems: all problems of the search.
+    order: one of `ORDERS`; "none" gives all problems.
+    share: part of the problems that the first round draws from, in (0, 1].
+    progress: 0 in the first round, 1 in the last: then all problems are in.
+    least: never fewer than these.
+  """
+  if order == "none":
+    return list(problems)
+  part = share + (1.0 - share) * min(max(progress, 0.0), 1.0)
+  count = max(least, math.ceil(part * len(problems)))
+  return by_solve_rate(tree, problems, order)[:count]

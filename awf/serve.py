@@ -1,0 +1,138 @@
+"""Mode serve: an OpenAI-compatible HTTP server on the sampler, with adapters as model names."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from ml_collections import ConfigDict
+
+from awf.sampler.request import Request
+from awf.types import SamplingParams, UserError
+
+if TYPE_CHECKING:
+  from awf.policy import QwenPolicy
+  from awf.serve_app import Service
+
+log = logging.getLogger("awf")
+
+TOKEN_VARIABLE = "AWF_API_KEY"
+
+
+class Server(uvicorn.Server):
+  """uvicorn's, whose first SIGTERM or Ctrl-C is an ordinary end: the mode returns its figures."""
+
+  @contextlib.contextmanager
+  def capture_signals(self) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+      yield
+      return
+    before = {one: signal.signal(one, self.handle_exit) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+      yield
+    finally:
+      for one, handler in before.items():
+        signal.signal(one, handler)
+
+
+def run_serve(config: ConfigDict, workdir: Any) -> dict[str, Any]:
+  """Serves until SIGTERM or Ctrl-C; then answers what is under way, for a limited time.
+
+  Args:
+    config: resolved config; `config.serve` says where and for whom, `config.sampler` what a request
+      that says nothing is sampled with, `config.lora.paths` which adapters are models by name.
+    workdir: directory of the run; nothing is written there.
+
+  Returns:
+    `url`, counts of requests and tokens, `wall_seconds`.
+
+  Raises:
+    UserError: the address cannot be bound, or a model that cannot be used.
+  """
+  import jax
+
+  from awf.policy import make_policy
+  from awf.runtime_setup import setup_jax
+  from awf.serve_app import make_app
+  from awf.sharding import make_mesh
+
+  del workdir
+  serve = config.serve
+  with contextlib.ExitStack() as stack:
+    bound = stack.enter_context(_bind(serve.host, serve.port))
+    setup_jax()
+    mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
+    policy = make_policy(config, mesh)
+    stack.callback(policy.close)
+    service = _make_service(config, policy)
+    token = serve.api_key or os.environ.get(TOKEN_VARIABLE, "")
+    host = f"[{serve.host}]" if ":" in serve.host else serve.host
+    url = f"http://{host}:{bound.getsockname()[1]}/v1"
+    if not token and not _is_loopback(serve.host):
+      log.warning("anyone who reaches %s may use it: set %s", url, TOKEN_VARIABLE)
+    policy.engine.generate([Request((0,), max_new_tokens=1)])  # compiles before anyone waits
+    server = Server(
+      uvicorn.Config(
+        make_app(service, token, serve.cors),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=int(serve.shutdown_seconds),
+      )
+    )
+    log.info("serving %s on %s", ", ".join(service.models), url)
+    began = time.perf_counter()
+    asyncio.run(server.serve([bound]))
+    stats = policy.engine.stats()
+  return {
+    "url": url,
+    "http_requests": service.counts["http_requests"],
+    **{name: int(stats[name]) for name in ("requests", "completions", "cancelled", "tokens")},
+    "wall_seconds": time.perf_counter() - began,
+  }
+
+
+def _make_service(config: ConfigDict, policy: QwenPolicy) -> Service:
+  """The handlers, with the base and the adapters under the names that clients use."""
+  from awf.qwen.peft import named_paths
+  from awf.serve_app import Service
+
+  own = ["policy"] if config.lora.init_path else []
+  names = [*own, *named_paths(config.lora.paths)]
+  base = config.serve.model_name or Path(config.model.path).name
+  if base in names:
+    raise UserError(f"config.serve.model_name: {base!r} is an adapter's name too; choose another")
+  models = {base: 0, **{name: policy.adapter_index(name) for name in names}}
+  s = config.sampler
+  defaults = SamplingParams(s.temperature, s.top_p, s.top_k, s.max_new_tokens, min_p=s.min_p)
+  return Service(policy, models, defaults, int(config.serve.max_body_mb * 2**20))
+
+
+def _bind(host: str, port: int) -> socket.socket:
+  """A listening socket, before any model is loaded; port 0 takes a free one."""
+  try:
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(address)
+  except OSError as error:
+    raise UserError(
+      f"config.serve.host, config.serve.port: cannot listen on {host}:{port} ({error}); "
+      "choose another port, or 0 for a free one"
+    ) from error
+  bound.set_inheritable(False)
+  return bound
+
+
+def _is_loopback(host: str) -> bool:
+  return host in ("localhost", "::1") or host.startswith("127.")

@@ -1,0 +1,154 @@
+"""Outputs of the sampler as OpenAI's answers, whole or in chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from awf.qwen.tokenizer import Tokenizer
+from awf.sampler.engine import Output, Part, Request
+from awf.sampler.text import TextStream
+from awf.serve_format import Call, PolicyLike
+
+
+@dataclasses.dataclass
+class Choice:
+  """One completion as it grows: what a client has not seen yet, with log-probs token by token."""
+
+  index: int
+  stream: TextStream
+  tokenizer: Tokenizer
+  sent: int = 0  # characters
+  tokens: int = 0  # drawn, the one that stopped it included
+
+  def take(self, part: Part | Output) -> tuple[str, list[tuple[str, float, int]]]:
+    """(new text that no stop string can take back, (token, log-prob, place in the text) of each).
+
+    Args:
+      part: what it gained, or all of it.
+    """
+    by_id = part.finish_reason == "stop" and part.stop is None
+    spoken = part.token_ids[:-1] if by_id else part.token_ids
+    self.tokens += len(part.token_ids)
+    rows = []
+    for i, token_id in enumerate(spoken):
+      place = len(self.stream.text)
+      self.stream.add(token_id)
+      if part.full_logprobs:
+        text = self.tokenizer.decode([token_id], skip_special=False)
+        rows.append((text, part.full_logprobs[i], place))
+    if part.finish_reason is not None:
+      self.stream.close()
+    end = len(self.stream.text)
+    if part.finish_reason is None or self.stream.stop is not None:
+      end = self.stream.sure
+    text = self.stream.text[self.sent : end]
+    self.sent = max(self.sent, end)
+    if self.stream.stop is not None:
+      rows = [row for row in rows if row[2] < end]
+    return text, rows
+
+
+def new_choice(policy: PolicyLike, request: Request, index: int) -> Choice:
+  """The choice of one completion; it finds stop strings as the engine does."""
+  stop = () if request.ignore_eos else request.stop
+  return Choice(index, TextStream(policy.tokenizer.decode, stop), policy.tokenizer)
+
+
+def _logprobs(call: Call, rows: list[tuple[str, float, int]]) -> dict[str, Any] | None:
+  if not call.wants_logprobs:
+    return None
+  if call.is_chat:
+    content = [
+      {"token": t, "logprob": p, "bytes": list(t.encode()), "top_logprobs": []} for t, p, _ in rows
+    ]
+    return {"content": content, "refusal": None}
+  return {
+    "tokens": [t for t, _, _ in rows],
+    "token_logprobs": [p for _, p, _ in rows],
+    "top_logprobs": [{t: p} for t, p, _ in rows],
+    "text_offset": [place for _, _, place in rows],
+  }
+
+
+def usage(call: Call, choices: Sequence[Choice]) -> dict[str, int]:
+  """Tokens of the prompts, each counted once, and of all completions."""
+  prompt = sum(len(request.prompt_ids) for request in call.requests)
+  completion = sum(choice.tokens for choice in choices)
+  return {
+    "prompt_tokens": prompt,
+    "completion_tokens": completion,
+    "total_tokens": prompt + completion,
+  }
+
+
+class Answer:
+  """The objects of one answer, whole or in chunks."""
+
+  def __init__(self, call: Call, policy: PolicyLike) -> None:
+    self.call = call
+    self.choices = [
+      new_choice(policy, request, p * call.n + i)
+      for p, request in enumerate(call.requests)
+      for i in range(call.n)
+    ]
+    name = "chatcmpl" if call.is_chat else "cmpl"
+    kind = "chat.completion" if call.is_chat else "text_completion"
+    self._head = {
+      "id": f"{name}-{os.urandom(12).hex()}",
+      "object": kind,
+      "created": int(time.time()),
+      "model": call.model,
+    }
+
+  def whole(self, outputs: Sequence[Sequence[Output]]) -> dict[str, Any]:
+    """The answer to a call that does not stream."""
+    rows = []
+    flat = [output for group in outputs for output in group]
+    for choice, output in zip(self.choices, flat, strict=True):
+      text, logprobs = choice.take(output)
+      said = {"message": {"role": "assistant", "content": text, "refusal": None}}
+      rows.append(
+        {
+          "index": choice.index,
+          **(said if self.call.is_chat else {"text": text}),
+          "logprobs": _logprobs(self.call, logprobs),
+          "finish_reason": output.finish_reason,
+        }
+      )
+    return {**self._head, "choices": rows, "usage": usage(self.call, self.choices)}
+
+  def first_chunks(self) -> Iterator[dict[str, Any]]:
+    """What comes before any text: a chat's role, for each choice."""
+    if self.call.is_chat:
+      for choice in self.choices:
+        yield self._chunk(choice.index, {"role": "assistant", "content": ""}, None, None)
+
+  def chunks(self, prompt: int, part: Part) -> Iterator[dict[str, Any]]:
+    """What a part of one of the prompt's completions adds."""
+    choice = self.choices[prompt * self.call.n + part.sample]
+    text, rows = choice.take(part)
+    if text or rows:
+      logprobs = _logprobs(self.call, rows)
+      yield self._chunk(choice.index, {"content": text}, None, logprobs)
+    if part.finish_reason is not None:
+      yield self._chunk(choice.index, {}, part.finish_reason, None)
+
+  def last_chunk(self) -> dict[str, Any]:
+    """The usage, for those who asked for it."""
+    return {**self._stream_head(), "choices": [], "usage": usage(self.call, self.choices)}
+
+  def _stream_head(self) -> dict[str, Any]:
+    kind = "chat.completion.chunk" if self.call.is_chat else "text_completion"
+    return {**self._head, "object": kind}
+
+  def _chunk(
+    self, index: int, delta: dict[str, str], reason: str | None, logprobs: Any
+  ) -> dict[str, Any]:
+    said = {"delta": delta} if self.call.is_chat else {"text": delta.get("content", "")}
+    choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+    out = {**self._stream_head(), "choices": [choice]}
+    return {**out, "usage": None} if self.call.include_usage else out

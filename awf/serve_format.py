@@ -1,0 +1,266 @@
+"""OpenAI's request bodies, those of chat completions and of (text) completions, as engine requests.
+
+Fields that change what is sampled and that are not built are refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from awf.qwen.config import QwenConfig
+from awf.qwen.tokenizer import Tokenizer
+from awf.sampler.engine import Engine, Request
+from awf.types import SamplingParams, UserError
+
+MOST_SAMPLES = 128  # n, as at OpenAI
+MOST_STOPS = 16
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+_SHARED = (
+  "model", "n", "stop", "seed", "stream", "stream_options", "max_tokens", "logprobs", *_SAMPLING,
+  "stop_token_ids", "ignore_eos",
+)  # fmt: skip
+# Fields that say nothing about the sampling, and those that may only have the value that means off.
+_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_OFF: dict[str, tuple[Any, ...]] = {
+  "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "top_logprobs": (0,),
+  "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none",),
+  "parallel_tool_calls": (True, False), "echo": (False,), "suffix": ("",), "best_of": (1,),
+  "modalities": (["text"],),
+}  # fmt: skip
+_OWN = {True: ("messages", "max_completion_tokens"), False: ("prompt",)}  # of chat, of completions
+
+
+class PolicyLike(Protocol):
+  """What serving needs of `awf.policy.QwenPolicy`."""
+
+  config: QwenConfig
+  tokenizer: Tokenizer
+  engine: Engine
+
+  def prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]: ...
+
+  def request(
+    self, prompt_ids: Sequence[int], sampling: SamplingParams, key: int, n: int, adapter: int
+  ) -> Request: ...
+
+
+class ApiError(Exception):
+  """A refusal in OpenAI's form: status, message, the field, a code for programs."""
+
+  def __init__(
+    self, status: int, message: str, param: str | None = None, code: str | None = None
+  ) -> None:
+    super().__init__(message)
+    self.status, self.param, self.code = status, param, code
+
+  @property
+  def kind(self) -> str:
+    names = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    return "server_error" if self.status >= 500 else names.get(self.status, "invalid_request_error")
+
+  def body(self) -> dict[str, Any]:
+    fields = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
+    return {"error": fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """A checked request body."""
+
+  is_chat: bool
+  model: str
+  requests: tuple[Request, ...]  # one per prompt; choice i of prompt p has index p * n + i
+  stream: bool
+  include_usage: bool
+  wants_logprobs: bool
+
+  @property
+  def n(self) -> int:
+    return self.requests[0].n
+
+
+def parse_call(
+  body: Any, is_chat: bool, policy: PolicyLike, models: Mapping[str, int], defaults: SamplingParams
+) -> Call:
+  """Checks a body.
+
+  Args:
+    body: parsed JSON.
+    is_chat: chat completions, else completions.
+    policy: model, tokenizer, engine.
+    models: adapter index by name.
+    defaults: sampling of fields that the body leaves out.
+
+  Raises:
+    ApiError: what is wrong, with the field's name.
+  """
+  if not isinstance(body, dict):
+    raise ApiError(400, "expected a JSON object")
+  _check_names(body, is_chat)
+  adapter = models.get(_field(body, "model", str, required=True))
+  if adapter is None:
+    known = ", ".join(models)
+    message = f"The model {body['model']!r} does not exist; it is one of {known}"
+    raise ApiError(404, message, "model", "model_not_found")
+  prompts = [_chat_ids(body, policy)] if is_chat else _prompts(body, policy)
+  wants_logprobs = _wants_logprobs(body, is_chat)
+  n = _field(body, "n", int, 1)
+  if not 1 <= n <= MOST_SAMPLES:
+    raise ApiError(400, f"n: expected 1 to {MOST_SAMPLES}, got {n}", "n")
+  seed = _field(body, "seed", int, None)
+  key = int.from_bytes(os.urandom(8), "big") if seed is None else seed
+  try:
+    sampling = _sampling(body, defaults, wants_logprobs)
+    requests = []
+    for i, ids in enumerate(prompts):
+      most = _most_tokens(body, is_chat, len(ids), policy.engine)
+      one = dataclasses.replace(sampling, max_new_tokens=most)
+      request = policy.request(ids, one, (key + i) % 2**63, n, adapter)
+      if body.get("ignore_eos"):
+        request = dataclasses.replace(request, ignore_eos=True)
+      policy.engine.check(request)
+      requests.append(request)
+  except ValueError as error:
+    raise ApiError(400, str(error), str(error).partition(":")[0]) from error
+  options = _field(body, "stream_options", dict, None) or {}
+  stream = _field(body, "stream", bool, False)
+  usage = stream and bool(options.get("include_usage"))
+  return Call(is_chat, body["model"], tuple(requests), stream, usage, wants_logprobs)
+
+
+def _check_names(body: dict[str, Any], is_chat: bool) -> None:
+  for name, value in body.items():
+    if name in _OFF and not (is_chat is False and name == "top_logprobs"):
+      if value is not None and value not in _OFF[name]:
+        if not (name == "best_of" and value == body.get("n")):
+          raise ApiError(
+            400, f"{name} is not supported here; expected {_OFF[name][0]!r} or nothing", name,
+            "unsupported_parameter",
+          )  # fmt: skip
+    elif name not in (*_SHARED, *_IGNORED, *_OWN[is_chat]):
+      raise ApiError(400, f"Unrecognized request argument supplied: {name}", name)
+
+
+def _field(body: dict[str, Any], name: str, kind: type, default: Any = None, required=False) -> Any:
+  """A field of one JSON type; null counts as left out."""
+  value = body.get(name)
+  if value is None:
+    if required:
+      raise ApiError(
+        400, f"you must provide a {name} parameter", name, "missing_required_parameter"
+      )
+    return default
+  is_number = kind is float and isinstance(value, int)
+  if isinstance(value, bool) is not (kind is bool) or not (isinstance(value, kind) or is_number):
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    expected = names.get(kind, "an object")
+    raise ApiError(400, f"{name}: expected {expected}, got {value!r:.80}", name, "invalid_type")
+  return value
+
+
+def _sampling(
+  body: dict[str, Any], defaults: SamplingParams, wants_logprobs: bool
+) -> SamplingParams:
+  stop = body.get("stop")
+  stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
+  if not isinstance(stop, list) or len(stop) > MOST_STOPS:
+    raise ApiError(400, f"stop: expected a text or at most {MOST_STOPS} of them", "stop")
+  ids = body.get("stop_token_ids") or []
+  if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+    raise ApiError(400, "stop_token_ids: expected a list of token ids", "stop_token_ids")
+  own = {name: _field(body, name, float) for name in ("temperature", "top_p", "min_p")}
+  own["top_k"] = _field(body, "top_k", int)
+  own = {name: value for name, value in own.items() if value is not None}
+  if own.get("top_k") == -1:  # vLLM's word for off
+    own["top_k"] = 0
+  return dataclasses.replace(
+    defaults,
+    **own,
+    stop=tuple(stop),
+    stop_ids=tuple(ids),
+    logprobs="both" if wants_logprobs else "none",
+  )
+
+
+def _wants_logprobs(body: dict[str, Any], is_chat: bool) -> bool:
+  if is_chat:
+    return _field(body, "logprobs", bool, False)
+  count = _field(body, "logprobs", int, None)
+  if count not in (None, 0, 1):
+    message = f"logprobs: expected 0 or 1 (the drawn token's own log-prob), got {count}"
+    raise ApiError(400, message, "logprobs", "unsupported_parameter")
+  return count is not None
+
+
+def _most_tokens(body: dict[str, Any], is_chat: bool, prompt: int, engine: Engine) -> int:
+  """max_tokens; what fits, where a chat leaves it out (completions: 16, as at OpenAI)."""
+  left = engine.context - prompt
+  if left < 1:
+    raise ApiError(
+      400,
+      f"This model's maximum context length is {engine.context} tokens; the prompt has {prompt}",
+      "messages" if is_chat else "prompt",
+      "context_length_exceeded",
+    )
+  names = ("max_completion_tokens", "max_tokens") if is_chat else ("max_tokens",)
+  given = [_field(body, name, int) for name in names]
+  most = next((value for value in given if value is not None), None)
+  room = engine.shapes.chunks * engine.shapes.chunk
+  if most is None:
+    return min(left, room) if is_chat else min(left, room, 16)
+  if most < 1:
+    raise ApiError(400, f"max_tokens: expected at least 1, got {most}", "max_tokens")
+  if min(most, left) > room:
+    message = f"max_tokens is too large: {most}. This server completes at most {room} tokens"
+    raise ApiError(400, message, "max_tokens")
+  return most
+
+
+def _chat_ids(body: dict[str, Any], policy: PolicyLike) -> tuple[int, ...]:
+  messages = _field(body, "messages", list, required=True)
+  plain = []
+  for i, message in enumerate(messages):
+    if not isinstance(message, dict):
+      raise ApiError(400, f"messages[{i}]: expected an object with role and content", "messages")
+    role = "system" if message.get("role") == "developer" else message.get("role")
+    plain.append({"role": role, "content": _content(message.get("content"), i)})
+  try:
+    return policy.prompt_ids(plain)
+  except UserError as error:
+    raise ApiError(400, str(error), "messages") from error
+  except ValueError as error:
+    raise ApiError(400, str(error), "messages") from error
+
+
+def _content(content: Any, i: int) -> str:
+  """A text, or the texts of a list of parts."""
+  if isinstance(content, list):
+    parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+    if all(isinstance(part, str) for part in parts) and parts:
+      return "".join(map(str, parts))
+  elif isinstance(content, str):
+    return content
+  raise ApiError(400, f"messages[{i}].content: expected a text or a list of text parts", "messages")
+
+
+def _prompts(body: dict[str, Any], policy: PolicyLike) -> list[tuple[int, ...]]:
+  """Ids of a text, of token ids, or of a list of either."""
+  prompt = body.get("prompt")
+  if isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
+    prompt = [prompt]
+  many = prompt if isinstance(prompt, list) else [prompt]
+  found = []
+  for one in many:
+    if isinstance(one, str):
+      found.append(tuple(policy.tokenizer.encode(one, allow_special=True)))
+    elif isinstance(one, list) and all(type(i) is int for i in one):
+      found.append(tuple(one))
+    else:
+      raise ApiError(400, "prompt: expected a text, token ids, or a list of either", "prompt")
+  if not found or not all(found) or len(found) > MOST_SAMPLES:
+    message = f"prompt: expected 1 to {MOST_SAMPLES} prompts, none empty"
+    raise ApiError(400, message, "prompt")
+  return found

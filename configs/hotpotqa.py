@@ -1,0 +1,41 @@
+"""HotpotQA: questions over ten paragraphs, scored by the official F1.
+
+  python launch.py --config=configs/hotpotqa.py                      (Qwen2.5-1.5B-Instruct)
+  python launch.py --config=configs/hotpotqa.py:model=qwen3-0.6b
+  python launch.py --config=configs/hotpotqa.py:smoke  (CPU, under a minute, no download)
+
+The first 1,000 problems of the official development set (distractor), split 800 / 200. AFlow's
+files by their folder (hotpotqa_validate.jsonl, hotpotqa_test.jsonl; fields question, answer,
+context):
+  --config.task.path=data/datasets
+"""
+
+from configs.args import Choice, parse_args
+from configs.base import base_config
+from configs.common import MODELS, shrink
+
+
+def get_config(arg=None):
+  args = parse_args(arg, model=Choice("qwen2.5-1.5b", MODELS), smoke=False)
+  c = base_config()
+  c.name = "hotpotqa"
+  c.model.path = MODELS[args.model]
+  c.task.name = "hotpotqa"
+  c.task.limit = 1000
+
+  c.sampler.context = 8192
+  c.sampler.max_new_tokens = 1024
+  c.executor.max_new_tokens = 512
+  c.executor.temperature = 0.7
+
+  c.search.rounds = 20
+  c.search.subset_problems = 16
+  c.search.full_problems = 96
+  c.search.full_top = 1
+  c.grpo.micro_batch = 2
+  c.grpo.remat = "full"
+  c.optim.learning_rate = 1e-5
+  if args.smoke:
+    shrink(c)
+    c.task.path = "data/smoke/hotpotqa.jsonl"
+  return c

@@ -1,0 +1,330 @@
+"""Mode serve with the shipped model, a process of its own, and OpenAI's own client."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import jax
+import numpy as np
+import openai
+import pytest
+from conftest import ROOT
+
+from awf.qwen.hf import fingerprint, load_config
+from awf.qwen.lora import LoRAConfig, init_lora
+from awf.qwen.peft import save_adapter
+from awf.sampler.remote import RemoteLLM
+from awf.types import SamplingParams
+
+KEY = "a-token"
+CHAT = [{"role": "user", "content": "Tom has 3 apples and buys 4 more. How many apples has he?"}]
+NANO = ROOT / "data" / "nano" / "model"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+  """(base url, process, its stderr so far) of a running server."""
+  folder = tmp_path_factory.mktemp("serve")
+  config = load_config(NANO)
+  lora_config = LoRAConfig(4, 8.0)
+  noise = np.random.default_rng(0)
+  lora = jax.tree.map(
+    lambda x: x + 0.2 * noise.standard_normal(x.shape, np.float32),
+    init_lora(config, lora_config, jax.random.key(0)),
+  )
+  save_adapter(folder / "tuned", lora, lora_config, "nano", fingerprint(NANO))
+  argv = [
+    sys.executable, str(ROOT / "launch.py"), "--config=configs/quickstart.py", "--mode=serve",
+    "--config.serve.port=0", f"--config.lora.paths=tuned={folder / 'tuned'}",
+    "--config.serve.model_name=nano", "--config.sampler.rows=16", "--config.sampler.context=512",
+    "--config.sampler.max_new_tokens=192", "--config.executor.max_new_tokens=192",
+    "--config.sampler.steps_per_dispatch=4", "--config.sampler.queue=80",
+    "--config.serve.max_body_mb=0.1", f"--workdir={folder / 'run'}",
+  ]  # fmt: skip
+  env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  process = subprocess.Popen(
+    argv, cwd=ROOT, env=env | {"AWF_API_KEY": KEY}, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )  # fmt: skip
+  said, ready = [], threading.Event()
+
+  def read():
+    for line in process.stderr:
+      said.append(line)
+      if "serving" in line:
+        ready.set()
+
+  reader = threading.Thread(target=read, daemon=True)
+  reader.start()
+  try:
+    assert ready.wait(400), "".join(said)
+    (url,) = re.findall(r"http://\S+", "".join(said))
+    yield url, process, said
+  finally:
+    process.kill()
+    process.communicate()
+  assert not (folder / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+  with openai.OpenAI(base_url=server[0], api_key=KEY, timeout=300, max_retries=0) as client:
+    yield client
+
+
+@pytest.fixture(scope="module")
+def http(server):
+  headers = {"Authorization": f"Bearer {KEY}"}
+  with httpx.Client(base_url=server[0], headers=headers, timeout=300) as http:
+    yield http
+
+
+def chat(client, messages=CHAT, model="nano", **fields):
+  return client.chat.completions.create(
+    messages=messages, model=model, **{"max_tokens": 24, "seed": 1} | fields
+  )
+
+
+def engine_counts(http):
+  root = str(http.base_url).removesuffix("v1/").rstrip("/")
+  text = http.get(f"{root}/metrics").text
+  return {k: float(v) for k, v in re.findall(r"^awf_(\w+) (\S+)$", text, re.M)}
+
+
+def wait_until(http, holds, seconds=120):
+  end = time.monotonic() + seconds
+  while not holds(found := engine_counts(http)):
+    assert time.monotonic() < end, found
+    time.sleep(0.1)
+  return found
+
+
+def test_models_are_the_base_and_the_adapters(client):
+  assert [model.id for model in client.models.list()] == ["nano", "tuned"]
+  assert client.models.retrieve("tuned").object == "model"
+  with pytest.raises(openai.NotFoundError) as caught:
+    client.models.retrieve("gpt")
+  assert caught.value.code == "model_not_found"
+
+
+def test_a_chat_is_answered_and_counted(client):
+  one = chat(client, temperature=0)
+  again = chat(client, temperature=0, seed=7)
+  (choice,) = one.choices
+  assert one.object == "chat.completion" and choice.message.role == "assistant"
+  assert choice.message.content == again.choices[0].message.content != ""
+  assert one.usage.total_tokens == one.usage.prompt_tokens + one.usage.completion_tokens
+  assert 0 < one.usage.completion_tokens <= 24 and choice.finish_reason in ("stop", "length")
+  parts = [{"role": "user", "content": [{"type": "text", "text": CHAT[0]["content"]}]}]
+  assert chat(client, parts, temperature=0).choices[0].message.content == choice.message.content
+  many = chat(client, n=3, temperature=1.2)
+  assert many.choices == chat(client, n=3, temperature=1.2).choices
+  assert [c.index for c in many.choices] == [0, 1, 2]
+  assert len({c.message.content for c in many.choices}) == 3
+  free = [chat(client, seed=None, temperature=1.5).choices[0].message.content for _ in range(2)]
+  assert free[0] != free[1], "without a seed the noise is new"
+  short = chat(client, max_completion_tokens=3, max_tokens=None, temperature=1)
+  assert short.usage.completion_tokens <= 3
+
+
+def test_another_model_is_another_adapter(client):
+  base, tuned = (chat(client, model=m, temperature=0) for m in ("nano", "tuned"))
+  assert tuned.model == "tuned"
+  assert base.choices[0].message.content != tuned.choices[0].message.content
+
+
+def test_a_stream_says_what_the_whole_answer_says(client):
+  for fields in ({}, {"stop": ["e", " 7"]}, {"max_tokens": 5}):
+    fields |= {"n": 2, "temperature": 1.1, "logprobs": True}
+    whole = chat(client, **fields)
+    texts, reasons, logprobs, usage = ["", ""], [None] * 2, [[], []], None
+    for chunk in chat(client, stream=True, stream_options={"include_usage": True}, **fields):
+      usage = chunk.usage or usage
+      for choice in chunk.choices:
+        texts[choice.index] += choice.delta.content or ""
+        reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+        logprobs[choice.index] += choice.logprobs.content if choice.logprobs else []
+    assert texts == [c.message.content for c in whole.choices]
+    assert reasons == [c.finish_reason for c in whole.choices]
+    for got, choice in zip(logprobs, whole.choices, strict=True):
+      assert got[: len(choice.logprobs.content)] == choice.logprobs.content
+    assert usage == whole.usage
+    for stop in fields.get("stop", ()):
+      assert not any(stop in text for text in texts)
+
+
+def test_completions_of_texts_and_ids_with_log_probs(client):
+  prompt = "Tom has 3 apples"
+  make = client.completions.create
+  one = make(model="nano", prompt=prompt, max_tokens=12, seed=2, logprobs=1)
+  (choice,) = one.choices
+  found = choice.logprobs
+  assert one.object == "text_completion" and choice.text == "".join(found.tokens)
+  assert found.text_offset == [len("".join(found.tokens[:i])) for i in range(len(found.tokens))]
+  assert all(p <= 0 for p in found.token_logprobs)
+  assert [list(x.values())[0] for x in found.top_logprobs] == found.token_logprobs
+  two = make(model="nano", prompt=[prompt, "Ann"], max_tokens=12, seed=2, n=2)
+  assert [c.index for c in two.choices] == [0, 1, 2, 3] and two.choices[0].text == choice.text
+  assert two.choices[0].logprobs is None
+  default = make(model="nano", prompt=[5, 6, 7], seed=1, extra_body={"ignore_eos": True})
+  assert (default.usage.prompt_tokens, default.usage.completion_tokens) == (3, 16)
+  assert default.choices[0].finish_reason == "length"
+  streamed = make(model="nano", prompt=[prompt, "Ann"], max_tokens=12, seed=2, n=2, stream=True)
+  texts = [""] * 4
+  for chunk in streamed:
+    for c in chunk.choices:
+      texts[c.index] += c.text
+  assert texts == [c.text for c in two.choices]
+
+
+def test_a_chats_log_probs(client):
+  found = chat(client, temperature=1, logprobs=True).choices[0]
+  content = found.logprobs.content
+  assert "".join(token.token for token in content) == found.message.content
+  assert all(token.logprob <= 0 and token.top_logprobs == [] for token in content)
+  # Those before the cut: what a narrow top-p takes away shows in none of them.
+  cut = chat(client, temperature=1, logprobs=True, top_p=0.01).choices[0].logprobs.content
+  greedy = chat(client, temperature=0, logprobs=True).choices[0].logprobs.content
+  assert [t.token for t in cut] == [t.token for t in greedy]
+  np.testing.assert_allclose([t.logprob for t in cut], [t.logprob for t in greedy], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("fields", "kind", "param", "words"),
+  [
+    ({"model": "gpt"}, openai.NotFoundError, "model", "one of nano, tuned"),
+    ({"messages": []}, openai.BadRequestError, "messages", "at least one message"),
+    ({"messages": [{"role": "boss", "content": "x"}]}, openai.BadRequestError, "messages", "role"),
+    ({"messages": [{"role": "user"}]}, openai.BadRequestError, "messages", "content"),
+    ({"temperature": -1}, openai.BadRequestError, "temperature", "finite number >= 0"),
+    ({"temperature": "hot"}, openai.BadRequestError, "temperature", "a number"),
+    ({"top_p": 0}, openai.BadRequestError, "top_p", "more|in"),
+    ({"n": 0}, openai.BadRequestError, "n", "1 to 128"),
+    ({"n": True}, openai.BadRequestError, "n", "whole number"),
+    ({"stop": ""}, openai.BadRequestError, "stop", "not empty"),
+    ({"stop": ["a"] * 17}, openai.BadRequestError, "stop", "at most 16"),
+    ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", "at least 1"),
+    ({"max_tokens": 300}, openai.BadRequestError, "max_tokens", "at most 192"),
+    ({"presence_penalty": 0.5}, openai.BadRequestError, "presence_penalty", "not supported"),
+    ({"logprobs": True, "top_logprobs": 3}, openai.BadRequestError, "top_logprobs", "supported"),
+    ({"extra_body": {"beams": 3}}, openai.BadRequestError, "beams", "Unrecognized"),
+    ({"messages": [{"role": "user", "content": "apple " * 900}]}, openai.BadRequestError,
+     "messages", "maximum context length is 512"),
+  ],
+)  # fmt: skip
+def test_mistakes_are_named(client, fields, kind, param, words):
+  with pytest.raises(kind) as caught:
+    chat(client, **fields)
+  assert caught.value.param == param and re.search(words, caught.value.message)
+  assert caught.value.body["type"] in ("invalid_request_error", "not_found_error")
+
+
+def test_bodies_routes_and_tokens_that_cannot_be(server, client, http):
+  root = server[0].removesuffix("/v1")
+  for path, content, status in (
+    ("chat/completions", b"{", 400),
+    ("chat/completions", b"[]", 400),
+    ("chat/completions", b'{"model": "nano", "messages": [], "x": "' + b"a" * 200_000, 413),
+    ("embeddings", b"{}", 404),
+    ("models", b"{}", 405),
+  ):
+    answer = http.post(path, content=content)
+    assert answer.status_code == status, path
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+  for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
+    for path in ("/v1/models", "/metrics"):
+      answer = httpx.get(root + path, headers=headers)
+      assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+  with pytest.raises(openai.AuthenticationError):
+    chat(client.with_options(api_key="wrong"))
+  assert httpx.get(f"{root}/health").json() == {"status": "ok"}, "no token needed"
+  asked = httpx.get(f"{root}/health", headers={"Origin": "https://example.org"})
+  assert not [name for name in asked.headers if name.startswith("access-control")], "no CORS"
+  assert root.startswith("http://127.0.0.1:")
+
+
+def test_64_clients_at_once(server, client):
+  async def run():
+    async with openai.AsyncOpenAI(
+      base_url=server[0], api_key=KEY, timeout=300, max_retries=0
+    ) as many:
+      return await asyncio.gather(
+        *(
+          many.chat.completions.create(
+            model=("nano", "tuned")[i % 2], messages=CHAT, max_tokens=16, seed=i, temperature=1
+          )
+          for i in range(64)
+        )
+      )
+
+  answers = asyncio.run(run())
+  assert len({a.choices[0].message.content for a in answers}) > 20
+  for i in (0, 33):
+    alone = chat(client, model=("nano", "tuned")[i % 2], max_tokens=16, seed=i, temperature=1)
+    assert alone.choices == answers[i].choices
+
+
+def long(n):
+  return {"n": n, "max_tokens": 180, "temperature": 1, "extra_body": {"ignore_eos": True}}
+
+
+def test_a_client_that_leaves_cancels_its_rows(client, http):
+  before = engine_counts(http)["cancelled_total"]
+  with chat(client, stream=True, **long(8)) as stream:
+    for chunk in stream:
+      if chunk.choices[0].delta.content:
+        break
+  wait_until(http, lambda x: x["running"] == 0 and x["cancelled_total"] == before + 1)
+  with pytest.raises(openai.APITimeoutError):
+    chat(client.with_options(timeout=0.3), **long(16))
+  found = wait_until(http, lambda x: x["running"] == 0 and x["cancelled_total"] == before + 2)
+  assert found["clients_gone_total"] >= 2
+  assert chat(client, temperature=0).choices[0].message.content
+
+
+def test_a_full_queue_is_429(client, http):
+  streams = [chat(client, stream=True, **long(n)) for n in (16, 80)]
+  with pytest.raises(openai.RateLimitError) as caught:
+    chat(client)
+  assert caught.value.code == "queue_full" and caught.value.response.headers["retry-after"] == "1"
+  for stream in streams:
+    stream.close()
+  wait_until(http, lambda x: x["running"] == x["waiting"] == 0)
+  assert chat(client).choices
+
+
+def test_our_own_remote_client_reads_it(server, client):
+  async def run():
+    llm = RemoteLLM(server[0], "nano", api_key=KEY)
+    try:
+      sampling = SamplingParams(temperature=0, max_new_tokens=24, stop=("#",))
+      return await llm.complete(CHAT, sampling, 5)
+    finally:
+      await llm.close()
+
+  assert asyncio.run(run()).text == chat(client, temperature=0, stop="#").choices[0].message.content
+
+
+def test_sigterm_lets_answers_end_and_the_mode_prints_its_figures(server, client):
+  """The last test: it ends the server."""
+  _, process, said = server
+  stream = chat(client, stream=True, **{**long(2), "max_tokens": 60})
+  chunks = [next(stream)]
+  process.send_signal(signal.SIGTERM)
+  chunks += list(stream)
+  reasons = [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason]
+  assert reasons == ["length"] * 2
+  assert process.wait(120) == 0, "".join(said)
+  figures = json.loads(process.stdout.read().splitlines()[-1])
+  assert figures["mode"] == "serve" and figures["url"] == server[0]
+  assert figures["http_requests"] > 30 and figures["tokens"] > 500
+  assert "Traceback" not in "".join(said)
+  with pytest.raises(openai.APIConnectionError):
+    client.models.list()

@@ -69,6 +69,9 @@ def closing_lines(summary: dict[str, Any], workdir: Any) -> list[str]:
     f"{summary['wall_seconds']:.0f} s",
     f"report: {workdir / 'report.html'}",
     f"best workflow: {summary['best_workflow']}",
+    f"checkpoints: {workdir / 'checkpoints'}; search: {workdir / 'workspace'}; "
+    f"proposals: {workdir / 'trajectories'}",
     f"TensorBoard: tensorboard --logdir {workdir / 'tb'}",
+    f"adapter for other programs: --mode=export --workdir={workdir}",
   ]
   return lines

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 from conftest import CACHE, ROOT
-from host_worker import digest, leaves, make_trainer, updated
+from host_worker import digest, leaves, make_trainer, seen_ahead, updated
 from small_run import differences, small
 
 import launch as launch_module
@@ -35,6 +35,10 @@ ENV = {
   "AWF_CACHE": str(CACHE),
   "PYTHONPATH": str(ROOT / "tests"),
 }
+
+
+# Each process compiles for itself; how well does not matter where tolerances decide.
+FAST_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def free_port():
@@ -71,6 +75,7 @@ def workers(part, folder, count, outputs):
   return start(
     [[sys.executable, script, part, str(folder), str(i), str(count), port] for i in range(count)],
     outputs,
+    [FAST_COMPILE] * count,
   )
 
 
@@ -216,6 +221,9 @@ def test_four_processes_update_as_one(four):
     assert row["metrics"].keys() == metrics.keys()
     for name, value in metrics.items():
       assert row["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+  for name, x in seen_ahead(None).items():
+    assert len({json.dumps(row["ahead"][name]) for row in rows}) == 1
+    np.testing.assert_allclose(rows[0]["ahead"][name], x, atol=1e-5, err_msg=name)
   there = np.load(folder / "state.npz")
   here = leaves(trainer.state)
   assert sorted(there.files) == sorted(here)

@@ -456,8 +456,8 @@ def join(chosen: Settings) -> Cluster | Hosts:
   except RuntimeError as error:  # of the first collective
     said = " ".join(str(error).split())[:300]
     raise UserError(
-      f"config.distributed: process {index} of {size} could not reach the others ({said}); open the "
-      "ports among the hosts"
+      f"config.distributed: process {index} of {size} could not reach the others ({said}); open "
+      "the ports among the hosts"
     ) from error
   _membership.cluster, _membership.is_joining = cluster, False
   log.info("process %d of %d, %d of %d devices", index, size, jax.local_device_count(),

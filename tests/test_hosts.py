@@ -14,17 +14,13 @@ import numpy as np
 import pytest
 from conftest import CACHE, ROOT
 from host_worker import digest, leaves, make_trainer, seen_ahead, updated
-from small_run import differences, small
 
 import launch as launch_module
 from awf.checkpoint import Checkpointer
-from awf.config_io import resolve_paths
 from awf.dealt import merged
 from awf.hosts import Hosts, settings
 from awf.hub import Hub
-from awf.train import run_train
 from awf.types import UserError
-from awf.workdir import Workdir
 from configs.base import base_config
 
 PATIENCE = 900  # seconds, on machines that stand still for a while
@@ -86,13 +82,13 @@ def answers(part, folder, count, outputs):
   return [json.loads(out.strip().splitlines()[-1]) for _, out, _ in done]
 
 
-def launch(config, folder, count, outputs, *flags):
+def launch(config, folder, count, outputs, *flags, env=FAST_COMPILE):
   """launch.py as `count` processes of one run."""
   command = [sys.executable, "launch.py", f"--config={config}", f"--workdir={folder}", *flags]
   command += [f"--config.distributed.coordinator=127.0.0.1:{free_port()}"]
   command += [f"--config.distributed.num_processes={count}"]
   ids = (f"--config.distributed.process_id={i}" for i in range(count))
-  return start([[*command, flag] for flag in ids], outputs)
+  return start([[*command, flag] for flag in ids], outputs, [env] * count)
 
 
 # ---------------------------------------------------------------------------- jobs and meetings
@@ -285,59 +281,3 @@ def test_a_mesh_whose_other_axes_cross_processes_is_refused(tmp_path):
     assert code == 2 and "Traceback" not in err and not out.strip().endswith("}")
     assert "only data may cross processes" in lines[0] and "config.mesh" in lines[0]
   assert not (tmp_path / "run").exists()
-
-
-# ---------------------------------------------------------------------------- the whole loop
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory):
-  file = tmp_path_factory.mktemp("config") / "config.py"
-  file.write_text(
-    "from small_run import small\n\ndef get_config(arg=None):\n"
-    "  return small(**{'mesh.data': -1})\n"
-  )
-  return file
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory, config_file):
-  """A run of two rounds by two processes: (folder, what each said)."""
-  folder = tmp_path_factory.mktemp("two")
-  return folder / "run", finish(launch(config_file, folder / "run", 2, folder / "out"))
-
-
-def test_two_processes_run_as_one(two, tmp_path):
-  folder, done = two
-  assert [code for code, _, _ in done] == [0, 0], done
-  figures = json.loads(done[0][1].strip().splitlines()[-1])
-  assert figures["rounds"] == 2 and all(figures["stages"].values())
-  assert "{" not in done[1][1]  # one process speaks
-  assert "round 2 of 2" in done[0][2] and "round 2 of 2" not in done[1][2]
-  # One process with as many devices: the same mesh, so the same sums.
-  with Workdir(tmp_path / "one") as workdir:
-    config = small(**{"mesh.data": 2})
-    workdir.open(config, "train")
-    one = run_train(resolve_paths(config), workdir)
-  assert differences(folder, tmp_path / "one") == []
-  assert figures["llm_calls"] == one["llm_calls"]
-  assert len(list((folder / "tb").iterdir())) == 1
-
-
-def test_a_signal_to_one_stops_all_after_the_same_round_and_both_go_on(two, config_file, tmp_path):
-  folder = tmp_path / "run"
-  started = launch(config_file, folder, 2, tmp_path / "out")
-  deadline = time.monotonic() + PATIENCE
-  while "round 1 of 2" not in started[0][2].read_text():
-    assert time.monotonic() < deadline and started[0][0].poll() is None
-    time.sleep(0.05)
-  started[1][0].send_signal(signal.SIGTERM)
-  done = finish(started)
-  assert [code for code, _, _ in done] == [0, 0], done
-  said = json.loads(done[0][1].strip().splitlines()[-1])
-  assert said["interrupted"] and said["signal"] == "SIGTERM" and "{" not in done[1][1]
-  assert said["rounds"] == 1
-  again = finish(launch(config_file, folder, 2, tmp_path / "again"))
-  assert [code for code, _, _ in again] == [0, 0], again
-  assert "resumed after round 1 of 2" in again[0][2]
-  assert differences(folder, two[0]) == []

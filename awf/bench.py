@@ -146,7 +146,7 @@ def _sampler_parts(model_config: QwenConfig, params: Any, gain: dict[str, float]
     seconds = max(gain[f"{name}_seconds"], 1e-9)
     flops, moved = 2 * model_config.num_parameters * tokens / seconds, weights * passes / seconds
     out[name] = {
-      "seconds": round(seconds, 4),
+      "seconds": round(seconds, 6),
       "tokens": int(tokens),
       "tokens_per_second": round(tokens / seconds, 1),
       "gflops_per_second": round(flops / 1e9, 2),

@@ -83,10 +83,7 @@ async def propose(
 
 
 def _completion(row: dict[str, Any]) -> Completion:
-  lists: dict[str, Sequence[Any]] = {
-    name: tuple(row[name]) for name in ("prompt_ids", "token_ids", "logprobs")
-  }
-  return Completion(**{**row, **lists})
+  return Completion(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
 
 
 def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -364,6 +364,7 @@ class _Membership:
   def __init__(self) -> None:
     self.cluster: Cluster | None = None
     self.gate: Gate | None = None
+    self.is_joining = False
     self.reason = ""  # why the run is over
     self.over = threading.Event()
     self.is_leaving = threading.Event()
@@ -414,16 +415,15 @@ def join(chosen: Settings) -> Cluster | Hosts:
   _use_gloo(jax)
   # It would take SIGTERM, which this program handles itself.
   jax.config.update("jax_enable_preemption_service", False)
+  where: dict[str, Any] = {
+    "coordinator_address": chosen.coordinator,
+    "num_processes": chosen.num_processes,
+    "process_id": chosen.process_id,
+  }
+  _membership.is_joining = True
   try:
-    where = (
-      _detected()
-      if chosen.coordinator == AUTO
-      else {
-        "coordinator_address": chosen.coordinator,
-        "num_processes": chosen.num_processes,
-        "process_id": chosen.process_id,
-      }
-    )
+    if chosen.coordinator == AUTO:
+      where = _detected()
     address = where.get("coordinator_address", "")
     if where.get("process_id"):
       # JAX aborts when its connection to process 0 breaks; behind the gate it does not see that.
@@ -448,10 +448,18 @@ def join(chosen: Settings) -> Cluster | Hosts:
       "the same command, and a port that is free and open"
     ) from error
   if size == 1:
+    _membership.is_joining = False
     return Hosts()
   cluster = Cluster(index, size, chosen.timeout, _membership.end)
-  _connect(cluster, address)
-  _membership.cluster = cluster
+  try:
+    _connect(cluster, address)
+  except RuntimeError as error:  # of the first collective
+    said = " ".join(str(error).split())[:300]
+    raise UserError(
+      f"config.distributed: process {index} of {size} could not reach the others ({said}); open "
+      "the ports among the hosts"
+    ) from error
+  _membership.cluster, _membership.is_joining = cluster, False
   log.info("process %d of %d, %d of %d devices", index, size, jax.local_device_count(),
            jax.device_count())  # fmt: skip
   if index:
@@ -549,6 +557,10 @@ def leave(code: int, why: str = "") -> int:
   """
   cluster = _membership.cluster
   if cluster is None:
+    if _membership.is_joining:  # exit handlers would wait for processes that may not be there
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(code)
     return code
   if not why:
     import jax

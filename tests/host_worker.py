@@ -28,18 +28,9 @@ from awf.types import UserError  # noqa: E402
 TIMEOUT = 20.0
 
 
-def setting():
-  """One whose passes before and beside the update read what other processes hold."""
-  from test_grpo import GRPO
-
-  return dataclasses.replace(
-    GRPO, advantage="gae", beta=0.1, kl_in="reward", importance="token_truncate"
-  )
-
-
-def make_trainer(mesh):
+def make_trainer(mesh, **changes):
   import jax
-  from test_grpo import LORA, OPTIM, SHALLOW
+  from test_grpo import GRPO, LORA, OPTIM, SHALLOW
 
   from awf.grpo.trainer import GRPOTrainer
   from awf.qwen.model import init_params
@@ -49,7 +40,8 @@ def make_trainer(mesh):
     lambda x: x * 4 if x.ndim > 1 else x, init_params(SHALLOW, jax.random.key(0))
   )
   params = spread(params, mesh) if mesh is not None else params
-  return GRPOTrainer(SHALLOW, params, None, LORA, setting(), OPTIM, mesh, jax.random.key(7))
+  grpo = dataclasses.replace(GRPO, **changes)
+  return GRPOTrainer(SHALLOW, params, None, LORA, grpo, OPTIM, mesh, jax.random.key(7))
 
 
 def leaves(state):
@@ -69,11 +61,24 @@ def digest(state):
 
 
 def updated(mesh):
-  """(metrics, trainer) after one update."""
+  """(metrics, trainer) after one update whose weights come from what other processes hold too."""
   from test_grpo import make_rollouts
 
-  trainer = make_trainer(mesh)
+  trainer = make_trainer(mesh, importance="token_truncate")
   return trainer.update(make_rollouts(seed=1)), trainer
+
+
+def seen_ahead(mesh):
+  """What advantages need from the models before an update: log-probs, KL and values of tokens."""
+  import numpy as np
+  from test_grpo import make_rollouts
+
+  from awf.grpo.update import Update
+
+  rollouts = make_rollouts(groups=2)
+  step = Update(make_trainer(mesh, advantage="gae", beta=0.1, kl_in="reward"), rollouts)
+  step._look_ahead(np.array([r.reward for r in rollouts]))
+  return {"logp": step.old_logp_n, "kl": step.kl_n, "value": step.value_n}
 
 
 def update(cluster, folder):
@@ -89,7 +94,8 @@ def update(cluster, folder):
   checkpoints.close()
   if cluster.is_writer:
     np.savez(folder / "state.npz", **leaves(trainer.state))
-  return {"metrics": metrics, "digest": digest(trainer.state)}
+  ahead = {name: x.tolist() for name, x in seen_ahead(make_mesh()).items()}
+  return {"metrics": metrics, "digest": digest(trainer.state), "ahead": ahead}
 
 
 def restore(cluster, folder):

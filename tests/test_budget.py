@@ -8,6 +8,7 @@ import pytest
 from search_world import PROBLEMS, Executor, in_order, make_search, reply, run_rounds, workflow
 
 from awf.sandbox import Sandbox, SandboxConfig
+from awf.search.budget import spent
 from awf.search.converge import converged, search_converged, standard_error
 from awf.search.select import adapted_c, mixture, select_puct, select_uct
 from awf.search.tree import NO_NODE, Node, Tree
@@ -151,7 +152,7 @@ def test_what_was_spent_does_not_depend_on_an_interrupt(sandbox, tmp_path):
 
   whole, executor = new("a")
   run_rounds(whole, 1)
-  first = whole.spent()
+  first = spent(whole._state.events)
   # the seed on six problems, two children on four common ones, the better one on all six
   assert first["calls"] == 2 + len(executor.asked) and first["tokens"] == 2 * 2 + 2 * len(
     executor.asked
@@ -161,4 +162,7 @@ def test_what_was_spent_does_not_depend_on_an_interrupt(sandbox, tmp_path):
   resumed, _ = new("b")
   resumed.load_state_dict(state)
   run_rounds(resumed, 2)
-  assert resumed.spent() == whole.spent() and whole.spent()["calls"] > first["calls"]
+  assert (
+    spent(resumed._state.events) == spent(whole._state.events)
+    and spent(whole._state.events)["calls"] > first["calls"]
+  )

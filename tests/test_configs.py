@@ -276,7 +276,8 @@ def test_resolved_paths_are_absolute_and_the_given_config_is_untouched(monkeypat
 # Text that is free: names of files and places, and messages.
 FREE = (
   *PATH_FIELDS, "executor.system", "lora.paths", "sft.save", "export.path", "backup.path",
-  "backup.restore",
+  "backup.restore", "distributed.coordinator", "serve.host", "serve.model_name", "serve.api_key",
+  "serve.cors",
 )  # fmt: skip
 
 

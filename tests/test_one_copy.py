@@ -52,7 +52,7 @@ def test_policy_engine_and_learner_hold_the_very_same_arrays(tmp_path):
     with System(resolve_paths(config), workdir) as system:
       loop = Loop(system, trains=True)
       base = jax.tree.leaves(system.policy.params)
-      for other in (system.policy.engine._params, loop.trainer._params):
+      for other in (system.policy.engine.device._params, loop.trainer._params):
         assert all(a is b for a, b in zip(base, jax.tree.leaves(other), strict=True))
       own = {id(x) for x in base}
       shapes = {x.shape for x in base if x.ndim == 2}

@@ -6,6 +6,7 @@ import pytest
 from search_world import PROBLEMS, Executor, body, make_search, reply, run_rounds, workflow
 
 from awf.sandbox import Sandbox, SandboxConfig
+from awf.search.budget import spent
 from awf.search.propose import repair_messages
 from awf.types import Completion, Failure, WorkflowSource
 from awf.workflow.contract import PRELOAD
@@ -75,8 +76,7 @@ def test_repairs_end_when_one_runs_and_are_off_by_default(sandbox, tmp_path):
     search = search_with(sandbox, tmp_path / name, proposer, repairs=repairs)
     run_rounds(search, 1)
     assert len(proposer.seen) == asked, name
-    spent = search.spent()["calls"]
-    assert spent >= 2 + (asked - 1)
+    assert spent(search._state.events)["calls"] >= 2 + (asked - 1)
   again = search_with(sandbox, tmp_path / "f", Repairer(NO_PROMPT, GOOD), repairs=3)
   again.load_state_dict(json.loads(json.dumps(search.state_dict())))
   assert again.tree == search.tree

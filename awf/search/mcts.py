@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from awf.search import rounds
+from awf.search.budget import why_done
 from awf.search.config import SearchConfig
-from awf.search.converge import search_converged
 from awf.search.curriculum import problem_pool
 from awf.search.propose import (
   Edit,
@@ -130,31 +130,9 @@ class MCTSOptimizer:
     return ("full",) if self.config.full_top else ("subset", "full")
 
   def why_done(self) -> str:
-    """Why no further round is due: rounds, a budget, or AFlow's convergence; "" while one is.
-
-    All of it is a function of the rounds so far, so a resumed search ends where it would have.
-    """
-    c = self.config
-    if self.rounds_done >= c.rounds:
-      return f"config.search.rounds = {c.rounds}"
-    spent = self.spent()
-    for name, limit in (("calls", c.max_calls), ("tokens", c.max_tokens)):
-      if limit and spent[name] >= limit:
-        return f"config.search.max_{name} = {limit}: {spent[name]} are spent"
+    """Why no further round is due, "" while one is: see `awf.search.budget.why_done`."""
     nodes = self.tree.selectable(self._stages)
-    still = search_converged(nodes, self.rounds_done, c.converge_rounds, c.converge_z)
-    if still is None:
-      return ""
-    return f"the best workflows did not change in rounds {still[0]} to {still[1]}"
-
-  def spent(self) -> dict[str, int]:
-    """Model calls and generated tokens of all rounds, proposals included.
-
-    Equal trials of one round count once; what an earlier round left in a cache counts again, so
-    that an interrupt changes nothing.
-    """
-    notes = [event for event in self._state.events if event["event"] == "round"]
-    return {name: sum(note.get(name, 0) for note in notes) for name in ("calls", "tokens")}
+    return why_done(self.config, nodes, self._state.events, self.rounds_done)
 
   def best(self) -> Node:
     """The selectable node with the highest score; the earlier one on a tie.

@@ -73,7 +73,8 @@ def _check_model(config: ConfigDict, mode: str) -> None:
   if mode == "plan":
     return
   Shards(path)
-  tokenizer_file(find_path(config.model.tokenizer) if config.model.tokenizer else path)
+  if mode in (*_SEARCHES, "generate", "sft"):  # others speak no text
+    tokenizer_file(find_path(config.model.tokenizer) if config.model.tokenizer else path)
   if mode in (*_SEARCHES, "generate") and config.sampler.context > model.max_position_embeddings:
     raise UserError(
       f"config.sampler.context: {config.sampler.context} is more than the model's "

@@ -156,11 +156,16 @@ def catch_signals() -> None:
 @contextlib.contextmanager
 def _held_signals() -> Iterator[None]:
   """SIGTERM and Ctrl-C wait until it is left: how they end a run depends on its mode."""
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+  held: list[int] = []
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  before = {n: signal.signal(n, lambda number, _: held.append(number)) for n in numbers}
   try:
     yield
   finally:
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
+  if held:
+    signal.raise_signal(held[0])
 
 
 def _on_sigterm(signum: int, frame: object) -> None:

@@ -52,9 +52,9 @@ class Gauges:
     """Has JAX report each program that it compiles or reads from its cache, of every thread."""
     from jax import monitoring
 
-    def note(event: str, seconds: float, **_: Any) -> None:
+    def note(event: str, duration_secs: float, **_: Any) -> None:
       if event == _COMPILE_EVENT:
-        self._compiled += seconds
+        self._compiled += duration_secs
 
     monitoring.register_event_duration_secs_listener(note)
 

@@ -222,7 +222,7 @@ def compile_program(lowered: jax.stages.Lowered, target: Target, arguments: floa
   start = time.perf_counter()
   try:
     done = lowered.compile()
-    m, text = done.memory_analysis(), done.as_text()
+    m, text = done.memory_analysis(), _program_text(done, target)
     if m is None or text is None:
       raise UserError(
         f"config.plan.target = {target.name!r}: this backend's compiler tells neither memory nor "
@@ -247,6 +247,26 @@ def compile_program(lowered: jax.stages.Lowered, target: Target, arguments: floa
     part.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(found)).encode()))
     part.replace(file)
   return found
+
+
+def _program_text(done: jax.stages.Compiled, target: Target) -> str | None:
+  """The compiled program; a TPU compiler that is newer than JAX may write what JAX cannot read."""
+  try:
+    return done.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    raise UserError(
+      f"config.plan.target = {target.name!r}: jax {jax.__version__} cannot read the program of "
+      f"libtpu {_libtpu_version() or '(not installed)'}; pip install '{wanted_libtpu()}' "
+      f"({str(error).splitlines()[0][:120]})"
+    ) from error
+
+
+def wanted_libtpu() -> str:
+  """The requirement of the installed JAX for its TPU compiler, such as libtpu==0.0.42.*"""
+  from importlib import metadata
+
+  wanted = [r for r in metadata.requires("jax") or () if r.startswith("libtpu")]
+  return wanted[0].partition(";")[0].strip() if wanted else "jax[tpu]"
 
 
 def _libtpu_version() -> str:

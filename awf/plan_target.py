@@ -65,7 +65,7 @@ def _slice(name: str) -> Target:
     )
   except RuntimeError as error:
     raise UserError(
-      f"config.plan.target = {name!r} needs the TPU compiler: pip install libtpu (the extra "
+      f"config.plan.target = {name!r} needs the TPU compiler: pip install 'jax[tpu]' (the extra "
       "`plan` of this project), or set config.plan.target to cpu, local or h200 "
       f"({str(error).splitlines()[0]})"
     ) from error

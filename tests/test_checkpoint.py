@@ -145,6 +145,8 @@ def test_a_full_disk_leaves_every_earlier_checkpoint_intact(tmp_path, step):
   assert Checkpointer(tmp_path).restore(make_state())[0] == step
 
 
+# orbax's threads still tell their event loop of the write when it has been closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_fills_while_arrays_are_written_is_one_error(tmp_path, monkeypatch, caplog):
   """Another program took the room that was found free."""
   monkeypatch.setattr("awf.checkpoint._reserve", lambda folder, size: None)

@@ -1,6 +1,7 @@
 """Mode plan: figures of a small model on the CPU target, and for a TPU where its compiler is."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 
@@ -14,7 +15,7 @@ from awf.config import validate
 from awf.grpo.batch import make_batch
 from awf.plan import plan_once, run_plan
 from awf.plan_ideal import Load, bytes_of, decode_step_bytes, update_flops, visible_pairs
-from awf.plan_programs import make_setup, sizes
+from awf.plan_programs import compile_program, make_setup, sizes, wanted_libtpu
 from awf.plan_search import candidates
 from awf.plan_target import find_target
 from awf.qwen.known import ARCHITECTURES
@@ -232,7 +233,7 @@ def test_a_learner_made_of_shapes_has_no_arrays(small):
 
 
 def plan_without_the_compiler(small):
-  with pytest.raises(UserError, match="pip install libtpu"):
+  with pytest.raises(UserError, match=r"pip install .jax\[tpu\]"):
     run_plan(make_config(small, "v5e-1"), None)
 
 
@@ -249,3 +250,16 @@ def plan_with_the_compiler(small):
 
 def test_a_tpu_slice_is_compiled_for_or_its_compiler_is_named(small):
   (plan_with_the_compiler if HAS_TPU_COMPILER else plan_without_the_compiler)(small)
+
+
+def test_a_program_that_jax_cannot_read_names_the_compiler_to_install(monkeypatch):
+  monkeypatch.setenv("AWF_CACHE", "off")
+  lowered = jax.jit(lambda x: x + 1).lower(1.0)
+
+  def as_text(self):
+    raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (hlo_instruction.cc:390)")
+
+  monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+  with pytest.raises(UserError, match=r"v5e-1.*cannot read.*pip install 'libtpu==[\d.]+\*'"):
+    compile_program(lowered, dataclasses.replace(find_target("cpu"), name="v5e-1"), 0.0)
+  assert wanted_libtpu().startswith("libtpu==")

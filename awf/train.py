@@ -154,6 +154,8 @@ class Loop:
     p, t = self.progress, self.config.train
     search = self.search = self.search or self.system.make_search(p.episode, self._agree)
     if self.hosts.size > 1:  # the others read what AFlow left there before the first changes it
+      if self.config.search.workspace:
+        await self._agree()  # the first has copied it
       if not self.hosts.is_writer:
         search.open_workspace()
       await self._agree()

@@ -20,7 +20,7 @@ def get_config(arg=None):
   c = base_config()
   c.name = "aime"
   c.model.path = MODELS[args.model]
-  c.model.quant = "int8" if args.model.endswith(("-7b", "-8b", "3-4b")) else "none"
+  c.model.quant = "int8" if args.model.endswith(("-7b", "-8b")) else "none"
   c.task.name = "aime"
 
   # With these sizes Qwen2-7B in int8 searches and trains on one chip of 16 GB (v5e-1).

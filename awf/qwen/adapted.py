@@ -85,7 +85,7 @@ def _sum(x, kernel, a, b) -> Kernel:
   """
   zero = jnp.floor(jnp.clip(jnp.abs(x[(0,) * x.ndim]), 0.0, 0.5)).astype(a.dtype)
   if isinstance(kernel, Transposed):
-    return Transposed(kernel.table.astype(x.dtype) + jnp.einsum("ir,ro->oi", a + zero, b))
+    return Transposed(kernel.table.astype(x.dtype) + jnp.einsum("ro,ir->oi", b, a + zero))
   return kernel.astype(x.dtype) + (a + zero) @ b
 
 

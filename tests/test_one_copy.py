@@ -54,11 +54,13 @@ def test_policy_engine_and_learner_hold_the_very_same_arrays(tmp_path):
       base = jax.tree.leaves(system.policy.params)
       for other in (system.policy.engine.device._params, loop.trainer._params):
         assert all(a is b for a, b in zip(base, jax.tree.leaves(other), strict=True))
-      own = {id(x) for x in base}
+      own = {x.unsafe_buffer_pointer() for x in base}  # views of a buffer are no copies
       shapes = {x.shape for x in base if x.ndim == 2}
       gc.collect()
-      new = [x for x in jax.live_arrays() if id(x) not in known | own]
-      assert not [x.shape for x in new if x.shape in shapes or x.shape[::-1] in shapes]
+      new = [x for x in jax.live_arrays() if id(x) not in known]
+      alike = [x for x in new if x.shape in shapes or x.shape[::-1] in shapes]
+      assert len(alike) >= len([x for x in base if x.ndim == 2])
+      assert not [x.shape for x in alike if x.unsafe_buffer_pointer() not in own]
       loop.metrics.close()
       loop.checkpoints.close()
 

@@ -83,7 +83,8 @@ async def propose(
 
 
 def _completion(row: dict[str, Any]) -> Completion:
-  return Completion(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+  fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+  return Completion(**fields)
 
 
 def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

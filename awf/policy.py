@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -42,7 +43,7 @@ _CHUNK = 128  # positions whose logits exist at a time while scoring
 
 
 def load_base(
-  path: str, config: QwenConfig, dtype: str, mesh: Mesh | None, quant: QuantConfig
+  path: Path, config: QwenConfig, dtype: str, mesh: Mesh | None, quant: QuantConfig
 ) -> dict[str, Any]:
   """Base weights in the layout that multiplies fastest where they go; else as `hf.load_params`."""
   is_turned = mesh is None and quant.method == "none" and jax.default_backend() == "cpu"

@@ -104,7 +104,7 @@ def run_serve(config: ConfigDict, workdir: Any) -> dict[str, Any]:
 
 def _make_service(config: ConfigDict, policy: QwenPolicy) -> Service:
   """The handlers, with the base and the adapters under the names that clients use."""
-  from awf.qwen.peft import named_paths
+  from awf.config_io import named_paths
   from awf.serve_app import Service
 
   own = ["policy"] if config.lora.init_path else []

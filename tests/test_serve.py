@@ -60,11 +60,13 @@ def server(tmp_path_factory):
       said.append(line)
       if "serving" in line:
         ready.set()
+    ready.set()  # it has ended
 
   reader = threading.Thread(target=read, daemon=True)
   reader.start()
   try:
     assert ready.wait(400), "".join(said)
+    assert process.poll() is None, "".join(said)
     (url,) = re.findall(r"http://\S+", "".join(said))
     yield url, process, said
   finally:

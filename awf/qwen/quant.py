@@ -222,7 +222,8 @@ def linear_kernel(module: Mapping[str, Any]) -> Kernel:
 
 def kernel_shape(module: Mapping[str, Any]) -> tuple[int, int]:
   """(in, out) of a projection's subtree, of either layout."""
-  return linear_kernel(module).shape
+  num_in, num_out = linear_kernel(module).shape
+  return num_in, num_out
 
 
 def embedding_rows(q_VD: jax.Array, scale_V: jax.Array, ids: jax.Array, dtype: Any) -> jax.Array:

@@ -262,7 +262,7 @@ def test_a_signal_while_the_command_line_is_read_waits_until_the_mode_is_known(
   original = cli.parse
 
   def parse(argv):
-    os.kill(os.getpid(), sent)
+    signal.raise_signal(sent)
     return original(argv)
 
   monkeypatch.setattr(cli, "parse", parse)

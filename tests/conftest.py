@@ -2,11 +2,15 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+# A shell that starts the tests in the background has Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Read when JAX is imported, so before any test module.
 os.environ["JAX_PLATFORMS"] = "cpu"

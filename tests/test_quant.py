@@ -13,8 +13,8 @@ from awf.policy import ADAPTER, QwenPolicy
 from awf.qwen import hf
 from awf.qwen.config import QwenConfig
 from awf.qwen.layout import abstract_params
-from awf.qwen.lora import LoRAConfig, init_lora, scaled
-from awf.qwen.model import Qwen, head, head_kernel
+from awf.qwen.lora import LoRAConfig, init_lora, merge, scaled
+from awf.qwen.model import Qwen, head, head_kernel, init_params
 from awf.qwen.quant import (
   QuantConfig,
   QuantKernel,
@@ -254,3 +254,26 @@ def test_hash_sees_integers_and_scales():
   leaf = quant["layers_0"]["q_proj"]
   changed = {**leaf, "kernel_q": (leaf["kernel_q"].astype(jnp.int8) ^ 1).astype(jnp.int4)}
   assert base != hf.base_hash({**quant, "layers_0": {**quant["layers_0"], "q_proj": changed}})
+
+
+# Few rows are multiplied turned; many have the adapter summed into the matrix.
+@pytest.mark.parametrize("rows", [3, 300])
+def test_a_turned_base_is_the_same_model(rows, tmp_path):
+  config = make_config()
+  hf.save_checkpoint(tmp_path, init_params(config, jax.random.key(0)), config)
+  plain = hf.load_params(tmp_path, config)
+  turned = hf.load_params(tmp_path, config, is_turned=True)
+  kernel = plain["layers_0"]["down_proj"]["kernel"]
+  np.testing.assert_array_equal(turned["layers_0"]["down_proj"]["kernel_t"], kernel.T)
+  assert hf.base_hash(turned) == hf.base_hash(plain)
+  tokens = jax.random.randint(jax.random.key(1), (rows, 1), 0, config.vocab_size)
+  lora = jax.tree.map(lambda x: x + 0.1, init_lora(turned, LoRAConfig(2, 4.0), jax.random.key(2)))
+
+  def logits(params, lora=None):
+    variables = {"params": params} | ({} if lora is None else {"lora": lora})
+    positions = jnp.zeros((rows, 1), jnp.int32)
+    return head(params, Qwen(config).apply(variables, tokens, positions)[0])
+
+  np.testing.assert_allclose(logits(turned), logits(plain), atol=1e-5)
+  np.testing.assert_allclose(logits(turned, lora), logits(plain, lora), atol=1e-4)
+  np.testing.assert_allclose(logits(merge(turned, lora)), logits(plain, lora), atol=1e-4)

@@ -210,8 +210,10 @@ def logp_and_entropy(logits_xV: jax.Array, target_x: jax.Array) -> tuple[jax.Arr
 def _logp_and_entropy_fwd(logits_xV, target_x):
   top_x1 = jnp.max(logits_xV, axis=-1, keepdims=True)
   exp = jnp.exp(logits_xV - top_x1)
-  norm_x1 = jnp.sum(exp, axis=-1, keepdims=True)
-  # As a product: XLA's CPU compiler takes 20 times as long for a sum of products.
+  # Sums as products: XLA's CPU compiler takes 20 times as long for a sum of products, and computes
+  # the exponentials once more for a sum.
+  ones_V = jnp.ones(exp.shape[-1], exp.dtype)
+  norm_x1 = jnp.einsum("...v,v->...", exp, ones_V, precision="highest")[..., None]
   mean_x = jnp.einsum("...v,...v->...", exp, logits_xV - top_x1, precision="highest")
   mean_x1 = mean_x[..., None] / norm_x1
   chosen_x1 = jnp.take_along_axis(logits_xV, target_x[..., None], axis=-1) - top_x1

@@ -22,8 +22,6 @@ from awf.types import UserError
 
 log = logging.getLogger("awf")
 
-log = logging.getLogger("awf")
-
 Value = tuple[Any, bool]  # a job's result as JSON, and whether it may serve later requests for it
 
 

@@ -244,8 +244,7 @@ def decode_attend(
   num_groups = b // group
   last_B = jnp.where(is_running_B, made_B, -1)
 
-  def attend(layer, q_B1NH, k_B1KH, v_B1KH, cache: LayerCache):
-    del layer
+  def attend(q_B1NH, k_B1KH, v_B1KH, cache: LayerCache):
     prompt_keys, prompt_values, keys, values = cache
     if is_pinned:
       prompt_keys, prompt_values = _pin(prompt_keys, prompt_values)
@@ -298,8 +297,7 @@ def prefill_attend(
   share a call. Padding blocks name prompt S, whose tokens go to the last page, which nobody reads.
   """
 
-  def attend(layer, q_PTNH, k_PTKH, v_PTKH, cache: LayerCache):
-    del layer
+  def attend(q_PTNH, k_PTKH, v_PTKH, cache: LayerCache):
     keys, values = cache.prompt_keys, cache.prompt_values
     (p, t, n, h), k, width = q_PTNH.shape, values.shape[1], values.shape[2]
     position_PT = start_P[:, None] + jnp.arange(t, dtype=jnp.int32)[None]

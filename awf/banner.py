@@ -27,10 +27,17 @@ def banner_lines(system: Any) -> list[str]:
       f"{system.task.dataset}: {len(system.search_problems)} problems to search on, "
       f"{len(system.held_out)} held out, {len(system.test)} to test",
     ),
+    *_remote_rows(config),
     ("sandbox", system.sandbox.probe.summary().removeprefix("sandbox ")),
     ("memory", _memory(mesh.devices.flat[0])),
   )
   return [f"{name:<9} {text}" for name, text in rows]
+
+
+def _remote_rows(config: Any) -> list[tuple[str, str]]:
+  """What answers or proposes elsewhere."""
+  named = (("executor", config.executor.remote), ("optimiser", config.search.remote))
+  return [(name, f"{remote.model} at {remote.url}") for name, remote in named if remote.url]
 
 
 def _memory(device: Any) -> str:

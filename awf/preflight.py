@@ -43,6 +43,8 @@ def check_files(config: ConfigDict, mode: str, input: str = "", output: str = ""
       _check_module(name, f"config.{field}")
   if config.model.path and find_path(config.model.path).exists():
     _check_model(config, mode)
+  if mode == "search" and config.search.driver == "aflow":
+    _check_aflow(config)
   if mode in _SEARCHES:
     _check_task(config)
     _check_workflows(config)
@@ -80,6 +82,16 @@ def _check_model(config: ConfigDict, mode: str) -> None:
       f"config.sampler.context: {config.sampler.context} is more than the model's "
       f"{model.max_position_embeddings} positions; lower it"
     )
+
+
+def _check_aflow(config: ConfigDict) -> None:
+  """The checkout, its interpreter, and a data set that it has, when that is one of ours."""
+  from awf.search.aflow_driver import check_checkout
+  from awf.tasks import TASKS
+
+  task = TASKS.get(config.task.name)
+  if task is not None:
+    check_checkout(config.aflow.path, config.aflow.python, task.dataset)
 
 
 class _NoSandbox:

@@ -309,7 +309,7 @@ def test_our_own_remote_client_reads_it(server, client):
       sampling = SamplingParams(temperature=0, max_new_tokens=24, stop=("#",))
       return await llm.complete(CHAT, sampling, 5)
     finally:
-      await llm.close()
+      llm.close()
 
   assert asyncio.run(run()).text == chat(client, temperature=0, stop="#").choices[0].message.content
 

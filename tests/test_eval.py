@@ -3,10 +3,12 @@
 import json
 import logging
 import math
+import shlex
 import statistics
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from awf import cli
 from awf.config_io import resolve_paths
@@ -21,7 +23,7 @@ from awf.workdir import Workdir
 SMALL = (
   "--config=configs/quickstart.py:smoke", "--config.mesh.data=1", "--config.eval.problems=3",
   "--config.sandbox.wall_seconds=600", "--config.sandbox.preload_numeric=false",
-  "--config.executor.prices=2,10", "--config.executor.max_new_tokens=64",
+  "--config.executor.max_new_tokens=64",
   "--config.search.starts=data/nano/starts.jsonl", "--config.search.start_share=0.5",
 )  # fmt: skip
 
@@ -86,6 +88,13 @@ def test_the_most_frequent_answer_counts():
   assert math.isnan(lost.score)
 
 
+def readme_flags():
+  text = (ROOT / "README.md").read_text().split("\n### Evaluate\n")[1].split("```")[1]
+  program, script, *argv = shlex.split(text)
+  assert (program, script) == ("python", "launch.py")
+  return argv
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
   """(search's figures, eval's figures, its log lines, the run's directory)."""
@@ -97,7 +106,9 @@ def evaluated(tmp_path_factory):
   log.setLevel(logging.INFO)
   log.addHandler(handler)
   for mode, function in (("search", run_search), ("eval", run_eval)):
-    command = cli.parse([*SMALL, f"--mode={mode}", f"--workdir={folder}"])
+    argv = readme_flags() if mode == "eval" else ["--mode=search"]
+    command = cli.parse([*argv, *SMALL, f"--workdir={folder}"])
+    assert command.mode == mode
     with Workdir(command.workdir) as workdir:
       workdir.open(command.config, mode)
       results.append(function(resolve_paths(command.config), workdir))
@@ -117,7 +128,7 @@ def test_one_flow_from_a_search_to_the_comparison(evaluated):
     assert list(row["pass_at_k"]) == ["1", "2"]
     assert row["pass_at_k"]["1"] == pytest.approx(row["score"])
     assert row["pass_at_k"]["1"] <= row["pass_at_k"]["2"]
-    cost = (row["prompt_tokens"] * 2 + row["completion_tokens"] * 10) / 1e6
+    cost = (row["prompt_tokens"] * 0.15 + row["completion_tokens"] * 0.6) / 1e6
     assert row["cost_usd"] == pytest.approx(cost, abs=1e-6)
     assert row["cost_usd_per_problem"] * 3 * 2 == pytest.approx(cost, abs=1e-6)
   assert "gain_over_seed" not in rows["seed"] and rows["plain"]["gain_over_seed"]["mean"] == 0
@@ -130,7 +141,7 @@ def test_one_flow_from_a_search_to_the_comparison(evaluated):
   # plain calls are the seed's, and those of chain of thought are among those that vote
   different = rows["best"]["calls"] * (searched["best_score"] > searched["seed_score"])
   assert figures["llm_calls"] == rows["seed"]["calls"] + voted["calls"] + different
-  assert figures["prices"] == [2.0, 10.0] and figures["problems"] == 3 and figures["samples"] == 2
+  assert figures["prices"] == [0.15, 0.6] and figures["problems"] == 3 and figures["samples"] == 2
 
 
 def test_the_best_round_is_picked_by_its_bound_and_shown(evaluated):

@@ -5,12 +5,14 @@ import contextlib
 import http.server
 import json
 import logging
+import shlex
 import socket
 import struct
 import threading
 import time
 
 import pytest
+from conftest import ROOT
 
 from awf import cli
 from awf.config import validate
@@ -286,6 +288,15 @@ def test_a_key_that_is_not_there_and_a_remote_optimiser_that_should_be_trained()
   config.search.prices = (1.0,)
   with pytest.raises(UserError, match="two prices"):
     validate(config, "search")
+
+
+def test_the_readmes_command_is_understood():
+  text = (ROOT / "README.md").read_text().split("\n### Remote models\n")[1].split("```")[1]
+  key, program, script, *argv = shlex.split(text.replace("\\\n", " "))
+  assert (key, program, script) == ("OPENAI_API_KEY=...", "python", "launch.py")
+  config = cli.parse(argv).config
+  assert config.search.remote.model == "gpt-4o" and config.search.prices == (2.5, 10.0)
+  assert config.search.remote.requests_per_minute == 500
 
 
 EDIT = (

@@ -297,15 +297,15 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
   _check_combinations(config)
   for group in REMOTES:
     _check_remote(config[group].remote, f"config.{group}.remote")
-  if mode == "train" and config.search.remote.url:
+  if mode in ("train", "bench") and config.search.remote.url:
     raise UserError(
-      "config.search.remote.url: mode train trains the policy that proposes; use --mode=search, or "
-      "config.executor.remote for the workflows' calls"
+      f"config.search.remote.url: mode {mode} is about the policy that proposes; use "
+      "--mode=search, or config.executor.remote for the workflows' calls"
     )
   if config.search.driver == "aflow":
     _check_aflow(config, mode)
   from_nothing = mode == "sft" and not config.model.path and config.model.architecture.vocab_size
-  if mode != "report" and not from_nothing:
+  if mode != "report" and not from_nothing and not is_remote_alone(config, mode):
     _check_model(config)
   if mode == "sft" and not config.sft.path:
     raise UserError(
@@ -321,6 +321,11 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
         f"config.{name} = {text!r}: no such file; set --config.{name} to one that exists"
       )
   _check_adapters(config)
+
+
+def is_remote_alone(config: ConfigDict, mode: str = "search") -> bool:
+  """Whether remote models answer and propose, so that no local model is loaded."""
+  return mode in ("search", "eval") and all(config[group].remote.url for group in REMOTES)
 
 
 def _check_aflow(config: ConfigDict, mode: str) -> None:

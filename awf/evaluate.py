@@ -99,7 +99,7 @@ def find_contenders(
   kind, votes = system.task.question_type, system.config.eval.votes
   trees = read_trees(folder, system.task.dataset)
   stages = ("full",) if system.config.search.full_top else ("subset", "full")
-  choice = choose(trees, stages, len(system.validation))
+  choice = choose(trees, stages, _validated_by_aflow(system))
   best = read_best(folder) if choice is None else choice.source
   contenders: dict[str, WorkflowSource | Vote] = {} if best is None else {"best": best}
   contenders["seed"] = seed_of(trees) or system.seed_source
@@ -107,6 +107,15 @@ def find_contenders(
   contenders["chain_of_thought"] = chain_of_thought(kind)
   contenders[f"self_consistency@{votes}"] = self_consistency(kind, votes)
   return contenders, choice
+
+
+def _validated_by_aflow(system: System) -> int:
+  """Problems behind the score of a round that AFlow evaluated; it keeps the mean alone."""
+  search = system.config.search
+  if search.driver != "aflow":  # rounds of a workspace that was taken over
+    return len(system.validation)
+  count = len(system.search_problems)
+  return min(search.full_problems or count, count)
 
 
 def choice_line(choice: Choice) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from awf.config import is_remote_alone
 from awf.config_io import find_path
 from awf.types import UserError
 
@@ -41,7 +42,8 @@ def check_files(config: ConfigDict, mode: str, input: str = "", output: str = ""
   for field, name in (*named, *(("metrics", name) for name in config.metrics)):
     if ":" in name:
       _check_module(name, f"config.{field}")
-  if config.model.path and find_path(config.model.path).exists():
+  is_local = not is_remote_alone(config, mode)
+  if is_local and config.model.path and find_path(config.model.path).exists():
     _check_model(config, mode)
   if mode == "search" and config.search.driver == "aflow":
     _check_aflow(config)

@@ -13,7 +13,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from awf.absent import NoPolicy
 from awf.banner import banner_lines
+from awf.config import is_remote_alone
 from awf.config_io import PATH_FIELDS, flatten
 from awf.gauges import Gauges, Peak, find_peak, peak_memory_gb, utilisation
 from awf.hosts import Cluster, Hosts, join, settings
@@ -35,7 +37,8 @@ class System:
     hosts: the processes of the run.
     executor: what answers the calls of workflows: the policy's base, or a remote model.
     proposer: what proposes edits: the policy, or a remote model.
-    policy: base model with the policy's adapter, on this process's devices.
+    policy: base model with the policy's adapter, on this process's devices; a `NoPolicy` where
+      remote models do all.
     mesh: of the learner, over the devices of all processes.
     task: the data set.
     validation, test: its problems; test is for evaluation alone.
@@ -78,9 +81,11 @@ class System:
     self.workdir.record_devices()
     self.mesh = make_mesh(**config.mesh)
     own = local_mesh(self.mesh)
-    self.policy = make_policy(config, None if own.size == 1 else own)
+    self.policy: Any = NoPolicy()
+    if not is_remote_alone(config):
+      self.policy = make_policy(config, None if own.size == 1 else own)
+      self.policy.prompt_ids([{"role": "user", "content": "?"}])  # no chat template: said now
     self._version = 0  # of the policy's adapter
-    self.policy.prompt_ids([{"role": "user", "content": "?"}])  # no chat template: said now
     self.workdir.add_to_record(
       base_fingerprint=self.policy.base_fingerprint,
       trainable_parameters=self.policy.trainable_parameters,

@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -75,6 +76,13 @@ def drive(wrapper, should_stop=lambda: False):
   return ended, told
 
 
+def wait_for(holds, seconds=120):
+  end = time.monotonic() + seconds
+  while not holds():
+    assert time.monotonic() < end
+    time.sleep(0.1)
+
+
 def is_running(pid):
   try:
     state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -89,11 +97,29 @@ def test_a_stop_ends_it_and_all_that_it_started(tmp_path):
   ended, told = drive(wrapper, lambda: bool(wrapper.scores()))
   assert ended is False and told == {1: 0.5}
   pid = int((wrapper.folder / "pids").read_text())
-  end = time.monotonic() + 60
-  while is_running(pid):
-    assert time.monotonic() < end
-    time.sleep(0.1)
+  wait_for(lambda: not is_running(pid))
   assert "working" in wrapper.log.read_text()
+
+
+DRIVE = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import test_aflow as t
+wrapper = t.make_wrapper(Path(sys.argv[1]), Path(sys.argv[1]) / "checkout")
+wrapper.prepare("http://127.0.0.1:1/v1", "key", t.SAMPLING, [t.ROW])
+t.drive(wrapper)
+"""
+
+
+def test_it_does_not_outlive_a_killed_run(tmp_path):
+  make_checkout(tmp_path / "checkout", STUBBORN)
+  argv = [sys.executable, "-c", DRIVE, str(tmp_path), str(ROOT / "tests")]
+  pids = tmp_path / "run" / "aflow" / "pids"
+  with subprocess.Popen(argv, cwd=ROOT) as process:
+    wait_for(lambda: pids.is_file() and pids.read_text())
+    process.kill()
+  wait_for(lambda: not is_running(int(pids.read_text())))
 
 
 def test_its_failure_is_one_line(tmp_path):
@@ -246,7 +272,7 @@ def test_the_readmes_command_goes_on_where_it_was_interrupted(tmp_path, monkeypa
   evaluated = run(folder, *argv, "--config.eval.samples=1", "--config.eval.pass_k=1",
                   "--config.eval.votes=1", function=run_eval)  # fmt: skip
   assert evaluated["selection"]["score"] == figures["best_score"]
-  assert evaluated["selection"]["problems"] == 6  # AFlow keeps no scores by problem
+  assert evaluated["selection"]["problems"] == 4  # search.full_problems of a smoke run
 
 
 @pytest.mark.skipif(not AFLOW, reason="AFLOW_PATH names no checkout of AFlow")

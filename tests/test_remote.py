@@ -17,6 +17,7 @@ from conftest import ROOT
 from awf import cli
 from awf.config import validate
 from awf.config_io import load_config, resolve_paths
+from awf.evaluate import run_eval
 from awf.sampler.limits import RateLimit, Window, retry_after
 from awf.sampler.remote import RemoteError, RemoteLLM
 from awf.train import run_search, run_train
@@ -324,7 +325,7 @@ def run(mode, folder, *argv):
       "--config.sandbox.preload_numeric=false", *argv,
     ]
   )  # fmt: skip
-  function = {"search": run_search, "train": run_train}[mode]
+  function = {"search": run_search, "train": run_train, "eval": run_eval}[mode]
   with Workdir(command.workdir) as workdir:
     workdir.open(command.config, mode)
     return function(resolve_paths(command.config), workdir)
@@ -349,6 +350,22 @@ def test_a_search_with_a_remote_optimiser(tmp_path, monkeypatch, caplog):
   for file in (p for p in (tmp_path / "run").rglob("*") if p.is_file()):
     assert SECRET.encode() not in file.read_bytes(), file
   assert SECRET not in caplog.text
+
+
+def test_remote_models_alone_need_no_local_one(tmp_path, monkeypatch):
+  """Executor and optimiser elsewhere: a search and its evaluation load no model."""
+  monkeypatch.setattr("awf.policy.make_policy", None)
+  with endpoint(scripted) as (url, _):
+    argv = [
+      "--config.model.path=", "--config.task.limit=10", "--config.search.prices=2,10",
+      *(f"--config.{g}.remote.{k}={v}" for g in ("executor", "search")
+        for k, v in (("url", url), ("model", "big"))),
+    ]  # fmt: skip
+    figures = run("search", tmp_path / "run", *argv)
+    assert run("search", tmp_path / "run", *argv) == figures  # it is complete
+    evaluated = run("eval", tmp_path / "run", *argv, "--config.executor.prices=1,4")
+  assert figures["rounds"] == 1 and figures["tokens"] == 100 * (figures["llm_calls"] + 8 + 2)
+  assert evaluated["cost_usd"] == pytest.approx(evaluated["llm_calls"] * (1000 + 400) / 1e6)
 
 
 def test_training_with_a_remote_executor(tmp_path):

@@ -9,6 +9,7 @@ Source: FoundationAgents/AFlow at 364399e, `run.py` and `scripts/` (names and fi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -345,6 +346,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait(_END_SECONDS)
       except subprocess.TimeoutExpired:
         log.warning("AFlow does not end after signal %d", number)
+  with contextlib.suppress(ProcessLookupError):  # the programs that it had started
+    os.killpg(process.pid, signal.SIGKILL)
 
 
 def aflow_row(dataset: str, row: Mapping[str, Any]) -> dict[str, Any]:

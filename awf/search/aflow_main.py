@@ -7,19 +7,20 @@ config/config2.yaml instead of their configurations. It imports nothing of awf.
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
 
 
 def end_with_parent():
-  """Ends this process when the one that started it is gone."""
+  """Ends this process and all that it started when the one that started it is gone."""
   parent = os.getppid()
 
   def watch():
     while os.getppid() == parent:
       time.sleep(1)
-    os._exit(3)
+    os.killpg(os.getpid(), signal.SIGKILL)  # it leads a group of its own
 
   threading.Thread(target=watch, daemon=True).start()
 

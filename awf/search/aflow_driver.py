@@ -114,7 +114,8 @@ class AFlowOptimizerWrapper:
   ) -> None:
     check_checkout(checkout, python, dataset)
     self._checkout = Path(checkout).resolve()
-    self._python = shutil.which(os.path.expanduser(python)) if python else sys.executable
+    found = shutil.which(os.path.expanduser(python)) if python else None
+    self._python = os.path.abspath(found) if found else sys.executable  # links stay: a venv's do
     self.folder, self._workspace = Path(folder).resolve(), Path(workspace).resolve()
     self.dataset, self._kind, self._operators, self._seed = dataset, question_type, operators, seed
     self.path = self._workspace / dataset / "workflows"
@@ -265,7 +266,6 @@ class AFlowOptimizerWrapper:
       "PYTHONDONTWRITEBYTECODE": "1",  # the checkout stays as it is
       "PYTHONUNBUFFERED": "1",
     }
-    assert self._python is not None
     return subprocess.Popen(
       [self._python, "-c", main, json.dumps(fields)],
       cwd=self.folder,

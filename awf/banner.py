@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from awf.config import is_remote_alone
+
 
 def banner_lines(system: Any) -> list[str]:
   """One line for each of the things that a reader wants to know before anything runs."""
   import jax
 
   config, policy, mesh = system.config, system.policy, system.mesh
-  quant = "" if config.model.quant == "none" else f", base in {config.model.quant}"
   kinds = [d.device_kind for d in mesh.devices.flat]
   chips = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
   sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   rows = (
-    ("model", f"{config.model.path}, {policy.config.num_parameters / 1e6:,.1f}M parameters{quant}"),
+    *([] if is_remote_alone(config) else _model_rows(config, policy)),
+    *_remote_rows(config),
     ("chips", f"{chips} ({jax.default_backend()}); mesh {sizes}"),
-    (
-      "training",
-      f"LoRA of rank {config.lora.rank}: {policy.trainable_parameters:,} parameters, "
-      f"{100 * policy.trainable_share:.3f} % of the base",
-    ),
     (
       "data",
       f"{system.task.dataset}: {len(system.search_problems)} problems to search on, "
@@ -31,6 +28,26 @@ def banner_lines(system: Any) -> list[str]:
     ("memory", _memory(mesh.devices.flat[0])),
   )
   return [f"{name:<9} {text}" for name, text in rows]
+
+
+def _model_rows(config: Any, policy: Any) -> list[tuple[str, str]]:
+  """The local model, and what of it is trained."""
+  quant = "" if config.model.quant == "none" else f", base in {config.model.quant}"
+  size = policy.config.num_parameters / 1e6
+  training = (
+    f"LoRA of rank {config.lora.rank}: {policy.trainable_parameters:,} parameters, "
+    f"{100 * policy.trainable_share:.3f} % of the base"
+  )
+  return [
+    ("model", f"{config.model.path}, {size:,.1f}M parameters{quant}"),
+    ("training", training),
+  ]
+
+
+def _remote_rows(config: Any) -> list[tuple[str, str]]:
+  """What answers or proposes elsewhere."""
+  named = (("executor", config.executor.remote), ("optimiser", config.search.remote))
+  return [(name, f"{remote.model} at {remote.url}") for name, remote in named if remote.url]
 
 
 def _memory(device: Any) -> str:

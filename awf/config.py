@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from awf.remat import POLICIES
 from awf.types import UserError
 
 REWARDS = ("parse", "static", "smoke", "runs", "score")
+REMOTES = ("executor", "search")  # groups with a field `remote`
 REMATS = ("none", "full", *POLICIES)
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QUICKSTART = "configs/quickstart.py"
@@ -84,6 +86,16 @@ _SAMPLING = {
   "min_p": between(0, 1),
   "max_new_tokens": at_least(1),
 }
+_REMOTE = {
+  "timeout": above(0),
+  "retries": between(0, 100),
+  "concurrency": between(1, 4096),
+  "requests_per_minute": at_least(0),
+  "tokens_per_minute": at_least(0),
+}
+_PRICES = Rule(
+  lambda v: len(v) == 2 and min(v) >= 0, "two prices: of a million prompt and generated tokens"
+)
 _MESH = Rule(lambda v: v == -1 or v >= 1, "a positive size, or -1 for what is left")
 
 RULES: dict[str, Rule] = {
@@ -127,6 +139,8 @@ RULES: dict[str, Rule] = {
   "sampler.queue": at_least(1),
   "sampler.prompt_cache_gb": at_least(0),
   "executor.concurrency": at_least(1),
+  **{f"{group}.remote.{k}": rule for group in REMOTES for k, rule in _REMOTE.items()},
+  **{f"{group}.prices": _PRICES for group in REMOTES},
   "task.name": Rule(
     lambda v: ":" not in v or is_object_name(v), "a data set's name, or package.module:Class"
   ),
@@ -167,7 +181,8 @@ RULES: dict[str, Rule] = {
   "search.curriculum": one_of("none", "easy_first", "hard_first"),
   "search.curriculum_share": _SHARE,
   "search.start_share": _SHARE,
-  "search.driver": one_of("awf"),
+  "search.driver": one_of("awf", "aflow"),
+  "aflow.validation_rounds": between(1, 100),
   **{f"reward.{stage}": between(-10, 10) for stage in REWARDS},
   "grpo.group_size": at_least(2),
   "grpo.advantage": one_of(*grpo_config.ADVANTAGES),
@@ -222,6 +237,7 @@ RULES: dict[str, Rule] = {
   "train.nonfinite_limit": at_least(1),
   "eval.samples": at_least(1),
   "eval.pass_k": Rule(lambda v: bool(v) and all(k >= 1 for k in v), "positive integers"),
+  "eval.votes": between(1, 1000),
   "eval.problems": at_least(0),
   "eval.parent_count": at_least(0),
   "eval.proposals_per_parent": at_least(1),
@@ -279,8 +295,17 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
     if rule and not rule.holds(value):
       raise UserError(f"config.{name} = {value!r}: expected {rule.expected}{_nearest(rule, value)}")
   _check_combinations(config)
+  for group in REMOTES:
+    _check_remote(config[group].remote, f"config.{group}.remote")
+  if mode in ("train", "bench") and config.search.remote.url:
+    raise UserError(
+      f"config.search.remote.url: mode {mode} is about the policy that proposes; use "
+      "--mode=search, or config.executor.remote for the workflows' calls"
+    )
+  if config.search.driver == "aflow":
+    _check_aflow(config, mode)
   from_nothing = mode == "sft" and not config.model.path and config.model.architecture.vocab_size
-  if mode != "report" and not from_nothing:
+  if mode != "report" and not from_nothing and not is_remote_alone(config, mode):
     _check_model(config)
   if mode == "sft" and not config.sft.path:
     raise UserError(
@@ -296,6 +321,59 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
         f"config.{name} = {text!r}: no such file; set --config.{name} to one that exists"
       )
   _check_adapters(config)
+
+
+def is_remote_alone(config: ConfigDict, mode: str = "search") -> bool:
+  """Whether remote models answer and propose, so that no local model is loaded."""
+  return mode in ("search", "eval") and all(config[group].remote.url for group in REMOTES)
+
+
+def _check_aflow(config: ConfigDict, mode: str) -> None:
+  """What upstream AFlow cannot be combined with."""
+  if mode == "train":
+    raise UserError(
+      "config.search.driver = 'aflow': AFlow searches and trains nothing; use --mode=search, or "
+      "config.search.driver=awf"
+    )
+  if not config.aflow.path and mode == "search":
+    raise UserError(
+      "config.aflow.path is empty: config.search.driver=aflow needs a checkout of "
+      "FoundationAgents/AFlow"
+    )
+  for group in REMOTES:
+    if config[group].remote.url:
+      raise UserError(
+        f"config.{group}.remote.url: with config.search.driver=aflow our own server answers; give "
+        "the endpoint to AFlow itself, or set config.search.driver=awf"
+      )
+  if config.distributed.coordinator:
+    raise UserError("config.distributed.coordinator: AFlow (config.search.driver) is one process")
+
+
+def _check_remote(remote: ConfigDict, field: str) -> None:
+  """An address without a password, a model's name, and no key where the name of one belongs.
+
+  What might hold a secret is not repeated.
+  """
+  if remote.key_env and not re.fullmatch(r"[A-Za-z_]\w*", remote.key_env):
+    raise UserError(
+      f"{field}.key_env: expected the name of an environment variable, such as OPENAI_API_KEY; "
+      "the key itself belongs in none of the config's fields"
+    )
+  if not remote.url:
+    return
+  try:
+    parts = urllib.parse.urlsplit(remote.url)
+    is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+  except ValueError:
+    is_address = False
+  if not is_address or parts.username or parts.password or parts.query:
+    raise UserError(
+      f"{field}.url: expected http(s)://HOST[:PORT]/PATH without user, password and query; "
+      f"a key is read from the environment variable that {field}.key_env names"
+    )
+  if not remote.model:
+    raise UserError(f"{field}.model is empty: expected the name that {remote.url} has for it")
 
 
 def _exists(text: str) -> bool:

@@ -37,6 +37,7 @@ PATH_FIELDS = (
   "search.starts",
   "search.workspace",
   "eval.parents",
+  "aflow.path",
   "sft.path",
 )
 

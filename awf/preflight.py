@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from awf.config import is_remote_alone
 from awf.config_io import find_path
 from awf.types import UserError
 
@@ -41,8 +42,11 @@ def check_files(config: ConfigDict, mode: str, input: str = "", output: str = ""
   for field, name in (*named, *(("metrics", name) for name in config.metrics)):
     if ":" in name:
       _check_module(name, f"config.{field}")
-  if config.model.path and find_path(config.model.path).exists():
+  is_local = not is_remote_alone(config, mode)
+  if is_local and config.model.path and find_path(config.model.path).exists():
     _check_model(config, mode)
+  if mode == "search" and config.search.driver == "aflow":
+    _check_aflow(config)
   if mode in _SEARCHES:
     _check_task(config)
     _check_workflows(config)
@@ -80,6 +84,16 @@ def _check_model(config: ConfigDict, mode: str) -> None:
       f"config.sampler.context: {config.sampler.context} is more than the model's "
       f"{model.max_position_embeddings} positions; lower it"
     )
+
+
+def _check_aflow(config: ConfigDict) -> None:
+  """The checkout, its interpreter, and a data set that it has, when that is one of ours."""
+  from awf.search.aflow_driver import check_checkout
+  from awf.tasks import TASKS
+
+  task = TASKS.get(config.task.name)
+  if task is not None:
+    check_checkout(config.aflow.path, config.aflow.python, task.dataset)
 
 
 class _NoSandbox:

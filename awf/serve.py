@@ -45,6 +45,35 @@ class Server(uvicorn.Server):
         signal.signal(one, handler)
 
 
+class LocalServer:
+  """An application on a free port of the loopback device, in a thread, while it is open.
+
+  Attributes:
+    url: its address with /v1.
+  """
+
+  def __init__(self, app: Any) -> None:
+    self._socket = _bind("127.0.0.1", 0)
+    self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"
+    settings = uvicorn.Config(
+      app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5
+    )
+    self._server = Server(settings)
+    self._thread = threading.Thread(target=self._run, name="serve", daemon=True)
+
+  def _run(self) -> None:
+    asyncio.run(self._server.serve([self._socket]))
+
+  def __enter__(self) -> LocalServer:
+    self._thread.start()  # the socket listens from here on: who asks early waits
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._server.should_exit = True
+    self._thread.join()
+    self._socket.close()
+
+
 def run_serve(config: ConfigDict, workdir: Any) -> dict[str, Any]:
   """Serves until SIGTERM or Ctrl-C; then answers what is under way, for a limited time.
 

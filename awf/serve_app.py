@@ -8,7 +8,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from awf.types import SamplingParams
 
 log = logging.getLogger("awf")
 _T = TypeVar("_T")
+Watch = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 OPEN = ("/health",)  # needs no token: a load balancer has none
 
 
@@ -119,6 +120,7 @@ class Service:
     models: adapter index by the name that clients use; the first is the base.
     defaults: sampling that a body does not set.
     most_bytes: of a body.
+    watch: is told of every whole answer: the request's body, and its own.
   """
 
   def __init__(
@@ -127,9 +129,10 @@ class Service:
     models: Mapping[str, int],
     defaults: SamplingParams,
     most_bytes: int,
+    watch: Watch = lambda body, answer: None,
   ) -> None:
     self._policy, self.models, self._defaults = policy, dict(models), defaults
-    self._most_bytes, self._started = most_bytes, int(time.time())
+    self._most_bytes, self._started, self._watch = most_bytes, int(time.time()), watch
     self.counts = dict.fromkeys(("http_requests", "http_errors", "clients_gone"), 0)
 
   async def chat(self, request: HttpRequest) -> Response:
@@ -187,7 +190,9 @@ class Service:
     except Gone as error:
       self.counts["clients_gone"] += 1
       raise ClientDisconnect from error
-    return JSONResponse(answer.whole(outputs))
+    whole = answer.whole(outputs)
+    self._watch(body, whole)
+    return JSONResponse(whole)
 
   async def _outputs(self, call: Call) -> list[list[Output]]:
     futures: list[Future[list[Output]]] = []

@@ -33,6 +33,8 @@ from awf.types import Rollout, UserError, WorkflowSource
 
 log = logging.getLogger("awf")
 
+_COSTS = ("calls", "tokens", "cost")  # counted over all processes that worked on a run
+
 
 def run_train(config: ConfigDict, workdir: Any) -> dict[str, Any]:
   """The whole loop; resumes by itself. Returns the figures of the JSON line."""
@@ -42,6 +44,10 @@ def run_train(config: ConfigDict, workdir: Any) -> dict[str, Any]:
 
 def run_search(config: ConfigDict, workdir: Any) -> dict[str, Any]:
   """Search only, with a frozen policy; writes an AFlow workspace and the best workflow."""
+  if config.search.driver == "aflow":
+    from awf.aflow import run_aflow
+
+    return run_aflow(config, workdir)
   with System(config, workdir) as system, StopRequest() as stop:
     return asyncio.run(Loop(system, trains=False).run(stop))
 
@@ -352,6 +358,7 @@ class Loop:
     return {
       "llm_calls": totals["calls"],
       "tokens": totals["tokens"],
+      "cost_usd": round(totals["cost"], 6),
       "tokens_per_second": round(totals["tokens"] / seconds, 1),
       "problems_per_hour": round(3600 * totals["jobs"] / (time.perf_counter() - self.start), 0),
       "wall_seconds": round(seconds, 1),
@@ -394,7 +401,7 @@ class Loop:
     if last and self.progress.episode >= self.episodes:
       more = last["search"]["rounds_done"] < self.config.search.rounds
       if more and last.get("limits") != self._limits():  # more rounds were asked for
-        kept = {name: extra["progress"][name] for name in ("seconds", "calls", "tokens")}
+        kept = {name: extra["progress"].get(name, 0) for name in ("seconds", *_COSTS)}
         self.progress = Progress(**{**last["progress"], **kept})
         search, rows = last["search"], last["rows"]
     if search is not None:
@@ -421,7 +428,7 @@ class Loop:
       self.system.load_state_dict(self._all_states())
     totals = self._totals()
     kept = dataclasses.replace(
-      self.progress, seconds=self._seconds(), calls=totals["calls"], tokens=totals["tokens"]
+      self.progress, seconds=self._seconds(), **{name: totals[name] for name in _COSTS}
     )
     extra = {
       "progress": dataclasses.asdict(kept),
@@ -447,22 +454,23 @@ class Loop:
     return self.progress.seconds + time.perf_counter() - self.start
 
   def _totals(self) -> dict[str, Any]:
-    """Executor calls and generated tokens, earlier runs included; of this one alone executed
+    """Executor calls, generated tokens and USD, earlier runs included; of this one alone executed
     problems, the engines' decode steps and the seconds that they were busy.
 
     Those of other processes are as they were when all met last.
     """
     rows = [self._own_totals(), *(f["totals"] for f in self._others)]
     total = {name: sum(row[name] for row in rows) for name in rows[0]}
-    total["calls"] += self.progress.calls
-    total["tokens"] += self.progress.tokens
+    for name in _COSTS:
+      total[name] += getattr(self.progress, name)
     return total
 
   def _own_totals(self) -> dict[str, Any]:
     engine, executor = self.system.policy.engine.stats(), self.system.executor_totals()
     return {
       "calls": executor.get("llm_calls", 0),
-      "tokens": int(engine["tokens"]),
+      "tokens": self.system.tokens(),
+      "cost": self.system.cost(),
       "jobs": executor.get("jobs", 0),
       "steps": int(engine["steps"]),
       "busy_seconds": engine["busy_seconds"],

@@ -103,6 +103,13 @@ class Completion:
   text: str  # without the stop token; ends before a stop string
   finish_reason: Literal["stop", "length", "refused"]  # refused: the prompt does not fit
   full_logprobs: tuple[float, ...] = ()  # with the temperature alone; only when asked for
+  # prompt and generated tokens as a remote endpoint counts them; None: the ids say it
+  usage: tuple[int, int] | None = None
+
+  @property
+  def counts(self) -> tuple[int, int]:
+    """Tokens of the prompt, and generated ones."""
+    return self.usage or (len(self.prompt_ids), len(self.token_ids))
 
 
 @runtime_checkable

@@ -29,17 +29,25 @@ from awf.types import UserError
 
 log = logging.getLogger("awf")
 
+_TRANSPORT = (
+  "concurrency", "key_env", "requests_per_minute", "retries", "timeout", "tokens_per_minute",
+)  # fmt: skip
 # A resumed run may differ in three kinds of fields. How it is carried out, never what it computes:
 OPERATIONAL = (
   "name",
+  "aflow.path",
+  "aflow.python",
   "backup.",
   "bench.",
   "distributed.",
+  "executor.prices",
+  *(f"{group}.remote.{name}" for group in ("executor", "search") for name in _TRANSPORT),
   "export.",
   "generate.",
   "lora.paths",
   "plan.",
   "sampler.queue",
+  "search.prices",
   "serve.",
   "sandbox.workers",
   "sandbox.max_children",

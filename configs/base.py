@@ -83,6 +83,20 @@ def base_config() -> ConfigDict:
       max_new_tokens=256,  # of an answer
       system="",  # system message of every call; "" = none
       concurrency=64,  # problems that a workflow works on at a time
+      # An OpenAI-compatible endpoint that answers workflows instead of the local model.
+      remote=ConfigDict(
+        dict(
+          url="",  # http(s)://HOST/v1; "" = the local model
+          model="",  # its name of the model
+          key_env="OPENAI_API_KEY",  # environment variable with the key; "" = no key is sent
+          timeout=120.0,  # seconds of a try
+          retries=6,  # further tries, with growing waits; Retry-After is honoured
+          concurrency=16,  # requests in flight
+          requests_per_minute=0,  # in any minute; 0 = no limit
+          tokens_per_minute=0,  # prompt and completion, in any minute; 0 = no limit
+        )
+      ),
+      prices=(0.0, 0.0),  # USD of a million prompt and of a million generated tokens
     )
   )
   c.task = ConfigDict(
@@ -146,7 +160,29 @@ def base_config() -> ConfigDict:
       starts="",  # JSON lines {graph, prompt}: further start workflows beside the seed
       workspace="",  # a workspace of AFlow to continue; it is copied, never changed
       start_share=0.0,  # share of the parents of a round taken from the start workflows
-      driver="awf",  # who runs the search
+      driver="awf",  # who runs the search: awf, or a checkout of AFlow (mode search)
+      # An OpenAI-compatible endpoint that proposes edits instead of the policy (mode search).
+      remote=ConfigDict(
+        dict(
+          url="",  # http(s)://HOST/v1; "" = the local model
+          model="",  # its name of the model
+          key_env="OPENAI_API_KEY",  # environment variable with the key; "" = no key is sent
+          timeout=120.0,  # seconds of a try
+          retries=6,  # further tries, with growing waits; Retry-After is honoured
+          concurrency=16,  # requests in flight
+          requests_per_minute=0,  # in any minute; 0 = no limit
+          tokens_per_minute=0,  # prompt and completion, in any minute; 0 = no limit
+        )
+      ),
+      prices=(0.0, 0.0),  # USD of a million prompt and of a million generated tokens
+    )
+  )
+  # Upstream AFlow as the search's driver (search.driver=aflow).
+  c.aflow = ConfigDict(
+    dict(
+      path="",  # a checkout of FoundationAgents/AFlow; it is not changed
+      python="",  # interpreter with the packages of its requirements.txt; "" = this one
+      validation_rounds=1,  # evaluations of a workflow, averaged
     )
   )
   # What a proposal earns, by the stage that it reaches.
@@ -231,8 +267,9 @@ def base_config() -> ConfigDict:
   )
   c.eval = ConfigDict(
     dict(
-      samples=4,  # per problem, for pass@k and self-consistency
-      pass_k=(1, 4),  # every k of pass@k
+      samples=4,  # per problem, for pass@k
+      pass_k=(1, 2, 3, 4),  # every k of pass@k
+      votes=5,  # answers that self-consistency takes the most frequent of
       problems=0,  # 0 = the whole test split
       parents="",  # JSON lines {graph, prompt}: held-out parents of the before/after comparison
       parent_count=0,  # 0 = no before/after comparison

@@ -6,10 +6,10 @@ import re
 from awf.checkpoint import Checkpointer
 from awf.config_io import load_config
 
-COSTS = ("seconds", "calls", "tokens")  # of a run's counters: they tell of all attempts
+COSTS = ("seconds", "calls", "tokens", "cost")  # of a run's counters: they tell of all attempts
 SUMMARY_COSTS = (
-  "llm_calls", "tokens", "tokens_per_second", "problems_per_hour", "wall_seconds", "workdir",
-  "best_workflow",
+  "llm_calls", "tokens", "cost_usd", "tokens_per_second", "problems_per_hour", "wall_seconds",
+  "workdir", "best_workflow",
 )  # fmt: skip
 STAMP = re.compile(r"_\d{8}_\d{6}\.csv$")
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 import launch
-from awf.config import RULES, validate
+from awf.config import REMOTES, RULES, validate
 from awf.config_help import comments, fields
 from awf.config_io import (
   PATH_FIELDS,
@@ -275,6 +275,7 @@ def test_resolved_paths_are_absolute_and_the_given_config_is_untouched(monkeypat
 
 # Text that is free: names of files and places, and messages.
 FREE = (
+  "aflow.python", *(f"{g}.remote.{n}" for g in REMOTES for n in ("url", "model", "key_env")),
   *PATH_FIELDS, "executor.system", "lora.paths", "sft.save", "export.path", "backup.path",
   "backup.restore", "distributed.coordinator", "serve.host", "serve.model_name", "serve.api_key",
   "serve.cors",

@@ -309,9 +309,36 @@ def test_our_own_remote_client_reads_it(server, client):
       sampling = SamplingParams(temperature=0, max_new_tokens=24, stop=("#",))
       return await llm.complete(CHAT, sampling, 5)
     finally:
-      await llm.close()
+      llm.close()
 
   assert asyncio.run(run()).text == chat(client, temperature=0, stop="#").choices[0].message.content
+
+
+def test_a_client_that_speaks_aflows_protocol(server, client, tmp_path):
+  """With the README's lines of AFlow's config2.yaml; the stand-in's client, in its own process."""
+  text = (ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+  assert len(text.splitlines()) == 4
+  for old, new in (
+    ("Qwen2.5-0.5B-Instruct", "nano"), ("http://127.0.0.1:8000/v1", server[0]), ("secret", KEY),
+  ):  # fmt: skip
+    assert text.count(old) == 1
+    text = text.replace(old, new)
+  (tmp_path / "config").mkdir()
+  (tmp_path / "config" / "config2.yaml").write_text(text)
+  code = (
+    "from scripts.async_llm import LLMsConfig, ask; import sys, json; "
+    "model = {**LLMsConfig.default().get('nano'), 'temperature': 0}; "
+    "print(json.dumps(ask(model, sys.argv[1])))"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code, CHAT[0]["content"]], cwd=tmp_path, capture_output=True, text=True,
+    env={"PYTHONPATH": str(ROOT / "tests" / "mini_aflow"), "PATH": os.environ["PATH"]},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  reply, usage = json.loads(done.stdout)
+  expected = chat(client, temperature=0, max_tokens=192)
+  assert reply == expected.choices[0].message.content
+  assert usage["completion_tokens"] == expected.usage.completion_tokens
 
 
 def test_sigterm_lets_answers_end_and_the_mode_prints_its_figures(server, client):

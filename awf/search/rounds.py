@@ -363,7 +363,7 @@ def _record(child: Child, round: int, config: RewardConfig) -> dict[str, Any]:
     "scores": child.verdict.scores,
     "modification": child.modification,
     "finish_reason": child.completion.finish_reason,
-    "tokens": len(child.completion.token_ids),
+    "tokens": child.completion.counts[1],
     "text": child.completion.text,
   }
 
@@ -388,5 +388,5 @@ def round_note(
     "parents": [slots[i].parent.id for i in sorted(slots)],
     "proposals": ends,
     "calls": len(children) + sum(t.calls for t in trials),
-    "tokens": sum(len(c.completion.token_ids) for c in children) + sum(t.tokens for t in trials),
+    "tokens": sum(c.completion.counts[1] for c in children) + sum(t.tokens for t in trials),
   }

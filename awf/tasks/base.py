@@ -112,6 +112,14 @@ class DatasetEvaluator(abc.ABC):
     problems = self._assign(problems)
     return self._limited(problems, limit or self.config.limit)
 
+  def raw_rows(self) -> Iterable[tuple[Mapping[str, Any], Problem]]:
+    """The rows of the data set's files as they stand there, each with its problem."""
+    index = 0
+    for file, split in self._files(""):
+      for row, line in read_rows(file):
+        yield row, self._problem(row, line, file, split, index)
+        index += 1
+
   def split_dataset(
     self, problems: Sequence[Problem] | None = None
   ) -> tuple[list[Problem], list[Problem]]:

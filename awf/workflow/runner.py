@@ -296,10 +296,11 @@ class WorkflowRunner:
 
   async def _complete(self, messages: list[dict[str, str]], key: int) -> dict[str, Any]:
     completion = await self._llm.complete(messages, self._sampling, key)
+    prompt_tokens, completion_tokens = completion.counts
     return {
       "text": completion.text.encode("utf-8", "replace").decode("utf-8"),
-      "prompt_tokens": len(completion.prompt_ids),
-      "completion_tokens": len(completion.token_ids),
+      "prompt_tokens": prompt_tokens,
+      "completion_tokens": completion_tokens,
       "refused": completion.finish_reason == "refused",
     }
 

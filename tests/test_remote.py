@@ -280,7 +280,7 @@ def test_a_key_that_is_not_there_and_a_remote_optimiser_that_should_be_trained()
   config = load_config("configs/quickstart.py:smoke")
   config.search.remote.update({"url": "http://localhost:1/v1", "model": "m"})
   validate(config, "search")
-  with pytest.raises(UserError, match="config.search.remote.url: mode train trains the policy"):
+  with pytest.raises(UserError, match="config.search.remote.url: mode train is about the policy"):
     validate(config, "train")
   config.search.remote.key_env = "AWF_NO_SUCH_VARIABLE"
   with pytest.raises(UserError, match="key_env.* is not set") as refused:

@@ -13,13 +13,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from awf.banner import banner_lines
-from awf.config_io import PATH_FIELDS, flatten
+from awf.config_io import PATH_FIELDS, flatten, load_object
 from awf.gauges import Gauges, Peak, find_peak, peak_memory_gb, utilisation
 from awf.hosts import Cluster, Hosts, join, settings
 from awf.sandbox import Sandbox, SandboxConfig
 from awf.terminal import count_tokens
-from awf.types import Problem, SamplingParams, UserError, WorkflowSource, stable_hash
+from awf.types import LLM, Problem, SamplingParams, UserError, WorkflowSource, stable_hash
 from awf.workflow.contract import PRELOAD, seed_source
+from awf.workflow.own import add_operators
 
 log = logging.getLogger("awf")
 
@@ -33,6 +34,7 @@ class System:
     sandbox: started before JAX, so that its forks hold no accelerator.
     hosts: the processes of the run.
     policy: base model with the policy's adapter, on this process's devices.
+    executor: answers the calls of workflows: the base, or a client of the user's own.
     mesh: of the learner, over the devices of all processes.
     task: the data set.
     validation, test: its problems; test is for evaluation alone.
@@ -45,7 +47,8 @@ class System:
 
   def __init__(self, config: ConfigDict, workdir: Any):
     self.config, self.workdir, self.gauges = config, workdir, Gauges()
-    self.sandbox = Sandbox(SandboxConfig(**config.sandbox), preload=PRELOAD)
+    own = add_operators(config.search.operators)
+    self.sandbox = Sandbox(SandboxConfig(**config.sandbox), preload=(*PRELOAD, *own))
     try:
       self._build()
     except BaseException:
@@ -80,10 +83,12 @@ class System:
       trainable_parameters=self.policy.trainable_parameters,
       trainable_share=self.policy.trainable_share,
     )
+    self.executor: LLM = self.policy
     self._runners: dict[int, Any] = {}
     count_tokens(lambda: self.policy.engine.stats()["tokens"])
     for line in banner_lines(self):
       log.info("%s", line)
+    self.executor = make_executor(config.executor.client) or self.executor
     self._peak: Peak | None = None
     self._check_agreement()
 
@@ -139,7 +144,7 @@ class System:
     if repeat not in self._runners:
       runner = WorkflowRunner(
         self.sandbox,
-        self.policy,
+        self.executor,
         self.executor_sampling,
         system=self.config.executor.system,
         seed=stable_hash(self.config.seed, "executor", repeat),
@@ -289,6 +294,27 @@ class System:
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+
+def make_executor(name: str) -> LLM | None:
+  """The client that `config.executor.client` names, made without arguments; None without a name.
+
+  Raises:
+    UserError: it cannot be imported or made, or has no `complete`.
+  """
+  if not name:
+    return None
+  field = "config.executor.client"
+  make = load_object(name, field)
+  try:
+    client = make()
+  except Exception as error:  # whatever the user's class raises, for want of a key for instance
+    raise UserError(f"{field} = {name!r}: {type(error).__name__}: {error}") from error
+  if not isinstance(client, LLM):
+    raise UserError(
+      f"{field} = {name!r}: expected `async def complete(self, messages, sampling, key, adapter=0)`"
+    )
+  return client
 
 
 def hold_out(

@@ -59,12 +59,14 @@ def update_bytes(system: Any) -> dict[str, float]:
   Returns:
     Bytes of `adapter` (the learner's copy, and the sampler's next one beside the present one),
     `optimiser` (AdamW's two means, float32) and `head` (logits of a chunk, three times: the logits,
-    their exponentials and their gradient).
+    their exponentials and their gradient); nothing where no adapter is there to be trained.
   """
   from awf.grpo.loss import head_chunk
   from awf.plan_ideal import bytes_of
 
   config, policy = system.config, system.policy
+  if policy.lora is None:
+    return {}
   adapter, vocabulary = bytes_of(policy.lora), policy.config.vocab_size
   chunk = min(config.grpo.vocab_chunk, head_chunk(vocabulary))
   head = _HEAD_COPIES * 4.0 * chunk * vocabulary / system.mesh.shape["tensor"]
@@ -75,7 +77,9 @@ def memory_line(held: float, added: dict[str, float], limit: float | None) -> st
   """The verdict in one line; all in bytes per device."""
   need = held + sum(added.values())
   parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in added.items())
-  text = f"{held / GIB:.2f} GiB held by one device, {need / GIB:.2f} with an update ({parts})"
+  text = f"{held / GIB:.2f} GiB held by one device"
+  if added:
+    text += f", {need / GIB:.2f} with an update ({parts})"
   if limit is None:
     return f"{text}; the device does not say what it has"
   verdict = "fits" if need <= limit else "does not fit"

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 
 import pytest
+import yaml
 from conftest import ROOT
 from file_tree import clause
 from test_extend import snippets
@@ -31,6 +32,8 @@ RUN_BY = {
   "report": "test_report.py",
   "bench": "test_cli.py",
 }
+# Files of other programs, by their first key: the test that lets such a program read it.
+FOREIGN = {"models": ("test_serve.py", "config2.yaml")}
 # Lines around commands that only another machine can run; the command inside them is resolved.
 WRAPPERS = (
   r"srun --ntasks-per-node=8 --gpus-per-node=8 {}",
@@ -58,7 +61,7 @@ def commands(page):
       lines += [" ".join(line.split()) for line in whole if line.strip()]
   prose = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
   spans = (" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose))
-  starts = ("python launch.py ", "pip install ", "make ", "tensorboard ")
+  starts = ("python launch.py ", "python tests/", "pip install ", "make ", "tensorboard ")
   return lines + [span for span in spans if span.startswith(starts)]
 
 
@@ -88,6 +91,9 @@ def resolve(command):
     argv = [fill(word) for word in words[2:]]
     listing = cli.listing(argv)
     return "" if listing else cli.parse(argv).mode
+  if words[0] == "python" and words[1].startswith("tests/"):
+    assert (ROOT / words[1]).is_file(), command
+    return ""
   if words[0] == "make":
     plain = ["make", "-n", *words[1:]]
     done = subprocess.run(plain, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -154,9 +160,12 @@ def test_every_block_of_another_language_is_known(page):
     if language == "python":
       assert text in known, f"{page}: a snippet that tests/test_extend.py does not run:\n{text}"
     elif language in ("yaml", "json"):
-      import yaml
-
-      overlay(base_config(), yaml.safe_load(text), page)
+      values = yaml.safe_load(text)
+      reader = FOREIGN.get(next(iter(values)))
+      if reader:
+        assert reader[1] in (ROOT / "tests" / reader[0]).read_text()
+      else:
+        overlay(base_config(), values, page)
     elif language == "text":  # the picture, or the tree
       paths = re.findall(r"^([\w./-]+(?:/|\.\w+)) {2,}\S", text, re.MULTILINE)
       assert "policy: base + LoRA" in text or len(paths) > 10

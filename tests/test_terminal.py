@@ -185,3 +185,4 @@ def test_the_memory_line_says_whether_it_fits():
     (None, "does not say what it has"),
   ):
     assert words in memory_line(14.0 * GIB, added, limit), limit
+  assert "update" not in memory_line(14.0 * GIB, {}, 16.0 * GIB)

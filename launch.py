@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from awf import cli, hosts, terminal
+from awf import cli, membership, terminal
 from awf.backup import BackupManager, check_target
 from awf.config_io import resolve_paths
 from awf.faults import explain
@@ -60,18 +60,18 @@ def main(argv: Sequence[str]) -> int:
       terminal.show(handler, command.quiet),
     ):
       result = _run(command, argv)
-    if hosts.is_writer():
+    if membership.is_writer():
       print(cli.json_line(result), flush=True)
-    return hosts.leave(0)
+    return membership.leave(0)
   except UserError as e:
     text = " ".join(str(e).split())
     print("error: " + text, file=sys.stderr)
-    return hosts.leave(2, text)
+    return membership.leave(2, text)
   except _Fault as e:
-    return hosts.leave(1, f"a fault of the program: {e}")
+    return membership.leave(1, f"a fault of the program: {e}")
   except (Interrupted, KeyboardInterrupt) as e:
     code = _end_interrupted(e, command, argv)
-    return hosts.leave(code, "" if isinstance(e, Interrupted) else "it was interrupted")
+    return membership.leave(code, "" if isinstance(e, Interrupted) else "it was interrupted")
 
 
 def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
   config = resolve_paths(command.config)
   config.lock()
   check_files(config, command.mode, command.input, command.output)
-  is_shared = hosts.settings(command.config) is not None
+  is_shared = membership.settings(command.config) is not None
   if is_shared and not mode.spans_hosts:
     raise UserError(
       f"config.distributed: --mode={command.mode} runs in one process; start it once, without "
@@ -109,7 +109,7 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
     except Interrupted:
       raise
     except Exception as e:
-      lost = hosts.why_over()
+      lost = membership.why_over()
       if lost:  # the error is what the loss of another process looks like from here
         raise UserError(lost) from e
       reason = explain(e, config, _plan_command(argv))
@@ -195,7 +195,7 @@ def _end_interrupted(
   if command is None or not cli.MODES[command.mode].owns_workdir:
     print("interrupted", file=sys.stderr, flush=True)
     return 143 if is_term else 130
-  if not hosts.is_writer():
+  if not membership.is_writer():
     return 0 if is_term else 130
   print(
     f"interrupted; {command.workdir} keeps what was done, resume with: {_command_line(argv)}",

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from awf.banner import banner_lines
 from awf.config_io import PATH_FIELDS, flatten, load_object
 from awf.gauges import Gauges, Peak, find_peak, peak_memory_gb, utilisation
-from awf.hosts import Cluster, Hosts, join, settings
+from awf.hosts import Cluster, Hosts
+from awf.membership import join, settings
 from awf.sandbox import Sandbox, SandboxConfig
 from awf.terminal import count_tokens
 from awf.types import LLM, Problem, SamplingParams, UserError, WorkflowSource, stable_hash

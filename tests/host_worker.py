@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from awf import hosts  # noqa: E402
+from awf import membership  # noqa: E402
 from awf.types import UserError  # noqa: E402
 
 TIMEOUT = 20.0
@@ -195,20 +195,20 @@ def main():
 
   os.environ["JAX_PLATFORMS"] = "cpu"
   setup_jax()
-  chosen = hosts.Settings(f"127.0.0.1:{port}", count, index, TIMEOUT)
+  chosen = membership.Settings(f"127.0.0.1:{port}", count, index, TIMEOUT)
   if not port:  # the environment says it
-    chosen = hosts.Settings(hosts.AUTO, None, None, TIMEOUT)
-  cluster = hosts.join(chosen)
+    chosen = membership.Settings(membership.AUTO, None, None, TIMEOUT)
+  cluster = membership.join(chosen)
   try:
     result = globals()[part](cluster, folder)
   except Exception as error:
-    lost = hosts.why_over()
+    lost = membership.why_over()
     if not lost:
       raise
     print(f"error: {lost}", file=sys.stderr)
-    return hosts.leave(2, str(error))
+    return membership.leave(2, str(error))
   print(json.dumps(result), flush=True)
-  return hosts.leave(0)
+  return membership.leave(0)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def test_block_attention_equals_dense_attention_and_its_gradient():
   g = g * (segments > 0)[None, :, None, None]
 
   def run(attend):
-    out, pull = jax.vjp(lambda *x: attend(0, *x, None)[0], q, k, v)
+    out, pull = jax.vjp(lambda *x: attend(*x, None)[0], q, k, v)
     return out * (segments > 0)[None, :, None, None], pull(g)
 
   dense = run(dense_attend(jnp.array(segments)[None], jnp.array(parents)[None], 64))

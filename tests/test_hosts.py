@@ -18,8 +18,9 @@ from host_worker import digest, leaves, make_trainer, seen_ahead, updated
 import launch as launch_module
 from awf.checkpoint import Checkpointer
 from awf.dealt import merged
-from awf.hosts import Hosts, settings
+from awf.hosts import Hosts
 from awf.hub import Hub
+from awf.membership import settings
 from awf.types import UserError
 from configs.base import base_config
 

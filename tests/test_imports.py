@@ -23,6 +23,7 @@ LEVELS = {
       "terminal",
       "hub",
       "hosts",
+      "membership",
     ),
     1,
   ),

@@ -212,7 +212,7 @@ def test_cached_decode_equals_full_forward(model):
 
   @jax.jit
   def step(params, token_BT, t, caches):
-    def attend(layer, q, k, v, cache):
+    def attend(q, k, v, cache):
       keys, values = cache[0].at[:, t].set(k[:, 0]), cache[1].at[:, t].set(v[:, 0])
       is_visible = jnp.broadcast_to(jnp.arange(6)[None, None] <= t, (2, 1, 6))
       return masked_attention(q, keys, values, is_visible), (keys, values)

@@ -43,8 +43,7 @@ def dense_attend(segments_BT: jax.Array, parents_BT: jax.Array, block: int = 128
   t = segments_BT.shape[1]
   index_T = jnp.arange(t)
 
-  def attend(layer, q_BTNH, k_BTKH, v_BTKH, cache):
-    del layer
+  def attend(q_BTNH, k_BTKH, v_BTKH, cache):
     b, _, n, h = q_BTNH.shape
     k = k_BTKH.shape[2]
     q_BTKGH = (q_BTNH * h**-0.5).reshape(b, t, k, n // k, h)
@@ -95,8 +94,7 @@ def block_attend(segments_T: jax.Array, parents_T: jax.Array, block: int = BLOCK
     parents_IX,
   )
 
-  def attend(layer, q_BTNH, k_BTKH, v_BTKH, cache):
-    del layer
+  def attend(q_BTNH, k_BTKH, v_BTKH, cache):
     n, h = q_BTNH.shape[2:]
     k = k_BTKH.shape[2]
 

@@ -46,7 +46,7 @@ def looped_hidden(
   layers = [params[name] for name in names]
   lora_L = jax.tree.map(lambda *x: jnp.stack(x), *(lora[name] for name in names)) if lora else {}
   dtype = jnp.dtype(c.dtype)
-  attention, mlp = (Block(c, 0, (half,)) for half in ("attention", "mlp"))
+  attention, mlp = (Block(c, (half,)) for half in ("attention", "mlp"))
   by = rotation(positions_BT, c.head_dim, c.rope_theta, c.yarn)
 
   def layer(x_BTD, l, lora):  # noqa: E741

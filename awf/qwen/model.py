@@ -14,6 +14,7 @@ within 1e-4.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -33,8 +34,8 @@ from awf.qwen.quant import (
 )
 from awf.remat import remat_wrapper
 
-# attend(layer, q_BTNH, k_BTKH, v_BTKH, cache_of_layer) -> (out_BTNH, cache_of_layer)
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# attend(q_BTNH, k_BTKH, v_BTKH, cache_of_layer) -> (out_BTNH, cache_of_layer)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 NEG_INF = -1e30  # finite: a fully masked row gives a uniform distribution, not NaN
 
@@ -187,8 +188,7 @@ def causal_attend(segment_ids_BT: jax.Array) -> Attend:
   same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
   is_visible_BTS = causal_TS[None] & same_BTS
 
-  def attend(layer, q, k, v, cache):
-    del layer
+  def attend(q, k, v, cache):
     return masked_attention(q, k, v, is_visible_BTS), cache
 
   return attend
@@ -198,7 +198,6 @@ class Block(nn.Module):
   """One decoder layer: attention and SwiGLU, each with a pre-norm and a residual."""
 
   config: QwenConfig
-  layer: int
   halves: tuple[str, ...] = ("attention", "mlp")  # which of the two are applied
 
   @nn.compact
@@ -224,7 +223,7 @@ class Block(nn.Module):
     if c.qk_norm:
       q, key = self._norm("q_norm")(q), self._norm("k_norm")(key)
     q, key = rotate(q, by), rotate(key, by)
-    out, cache = attend(self.layer, q, key, v, cache)
+    out, cache = attend(q, key, v, cache)
     out = self._linear("o_proj", c.hidden_size)(out.reshape(b, t, n * h), adapter_B)
     return x_BTD + out, cache
 
@@ -273,16 +272,43 @@ class Qwen(nn.Module):
     x = Embed(c.vocab_size, c.hidden_size, dtype, name="embed")(tokens_BT)
     if not c.tie_word_embeddings:
       _HeadWeights(c.vocab_size, name="lm_head")(c.hidden_size)
-    block = remat_wrapper(self.remat, nn.remat)(Block, static_argnums=(3,))
+    if self.remat or self.is_initializing() or not isinstance(x, jax.core.Tracer):
+      apply_block = self._apply_block
+    else:
+      apply_block = self._traced_once()
     # Behind a barrier: else XLA computes the sines again beside each of their uses.
     by = Rotation(
       *jax.lax.optimization_barrier(rotation(positions_BT, c.head_dim, c.rope_theta, c.yarn))
     )
     new = []
     for l in range(c.num_hidden_layers):  # noqa: E741  (L is the layer axis)
-      x, cache = block(c, l, name=f"layers_{l}")(x, by, attend, caches[l], adapter_B)
+      x, cache = apply_block(l, x, by, attend, caches[l], adapter_B)
       new.append(cache)
     return RMSNorm(c.rms_norm_eps, dtype, name="norm")(x), tuple(new)
+
+  def _apply_block(self, layer, x_BTD, by, attend, cache, adapter_B):
+    block = remat_wrapper(self.remat, nn.remat)(Block, static_argnums=(3,))
+    block = block(self.config, name=f"layers_{layer}")
+    return block(x_BTD, by, attend, cache, adapter_B)
+
+  def _traced_once(self):
+    """`_apply_block` by a function that JAX traces for the first layer alone.
+
+    The compiler inlines its calls, so the program is the same; tracing 30 layers took longer than
+    loading the compiled program.
+    """
+    block = Block(self.config, parent=None)
+
+    @partial(jax.jit, static_argnums=2)
+    def apply(variables, x_BTD, attend, by, cache, adapter_B):
+      return block.apply(variables, x_BTD, by, attend, cache, adapter_B)
+
+    def apply_block(layer, x_BTD, by, attend, cache, adapter_B):
+      name = f"layers_{layer}"
+      variables = {k: v[name] for k, v in self.variables.items() if name in v}
+      return apply(variables, x_BTD, attend, by, cache, adapter_B)
+
+    return apply_block
 
 
 class _HeadWeights(nn.Module):

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from awf.qwen.config import QwenConfig
@@ -179,25 +180,47 @@ class Sharing:
   rows_AM: jax.Array  # int32, rows of each share group, all of one prompt; B where there is none
   prompt_A: jax.Array  # int32, their prompt
   num_groups: jax.Array  # int32 scalar, share groups in use, those first
+  row_L: jax.Array  # int32, rows that read their prompt alone
+  prompt_L: jax.Array  # int32, their prompt
+  num_lone: jax.Array  # int32 scalar, such rows, those first
 
 
-def _prompt_part(q_BKGH, keys, values, sharing: Sharing, at_once: int, unrolled: bool) -> _Carry:
+def _prompt_part(
+  q_BKGH, keys, values, sharing: Sharing, at_once: tuple[int, int], unrolled: bool
+) -> _Carry:
   """The online softmax [B, K, G] of every row over its prompt's pages, each page read once a group.
 
-  `at_once` share groups are worked on together, with as many pages as the longest prompt of theirs.
+  `at_once` share groups and lone rows are worked on together, with as many pages as the longest
+  prompt of theirs. Lone rows are groups of one: a product for a whole group would cost them three
+  times as much, and gives each row the same bits (`rows_agree`).
   """
   b, k, g, h = q_BKGH.shape
-  width, m = values.shape[2], sharing.rows_AM.shape[1]
+  carry = _nothing((b, k, g), h)
+  for name, size, *groups in (
+    ("share_groups", at_once[0], sharing.rows_AM, sharing.prompt_A, sharing.num_groups),
+    ("lone_rows", at_once[1], sharing.row_L[:, None], sharing.prompt_L, sharing.num_lone),
+  ):
+    if size:
+      with jax.named_scope(name):
+        carry = _group_part(q_BKGH, keys, values, sharing, size, unrolled, *groups, carry)
+  return carry
+
+
+def _group_part(
+  q_BKGH, keys, values, sharing, at_once, unrolled, rows_AM, prompt_A, num_groups, carry
+) -> _Carry:
+  """`carry` with the rows of some groups put in."""
+  _, k, g, h = q_BKGH.shape
+  width, m = values.shape[2], rows_AM.shape[1]
 
   def some_groups(i, carry):
     rows_XM, prompt_X = (
-      jax.lax.dynamic_slice_in_dim(x, i * at_once, at_once)
-      for x in (sharing.rows_AM, sharing.prompt_A)
+      jax.lax.dynamic_slice_in_dim(x, i * at_once, at_once) for x in (rows_AM, prompt_A)
     )
     q_XMKGH = jnp.take(q_BKGH, rows_XM, axis=0, mode="clip")
     q_XKQH = jnp.moveaxis(q_XMKGH, 1, 2).reshape(at_once, k, m * g, h)
     known_X, page_XC = sharing.known_S[prompt_X], sharing.pages_SC[prompt_X]
-    is_used_X = jnp.arange(at_once) + i * at_once < sharing.num_groups
+    is_used_X = jnp.arange(at_once) + i * at_once < num_groups
     num_pages = jnp.max(jnp.where(is_used_X, (known_X + width - 1) // width, 0))
     last_XQ = jnp.broadcast_to(known_X[:, None] - 1, (at_once, m * g))
 
@@ -215,9 +238,7 @@ def _prompt_part(q_BKGH, keys, values, sharing: Sharing, at_once: int, unrolled:
 
     return tuple(put(all_rows, x) for all_rows, x in zip(carry, found, strict=True))
 
-  with jax.named_scope("share_groups"):
-    trips = (sharing.num_groups + at_once - 1) // at_once
-    return jax.lax.fori_loop(0, trips, some_groups, _nothing((b, k, g), h))
+  return jax.lax.fori_loop(0, (num_groups + at_once - 1) // at_once, some_groups, carry)
 
 
 def decode_attend(
@@ -225,7 +246,7 @@ def decode_attend(
   is_running_B: jax.Array,
   sharing: Sharing,
   group: int,
-  at_once: int,
+  at_once: tuple[int, int],
   is_pinned: bool = False,
 ) -> Attend:
   """Attention of one new token per row; it first writes the token's key and value.
@@ -237,15 +258,14 @@ def decode_attend(
     sharing: prompts of the rows.
     group: neighbouring rows that are worked on together, with as many of their own chunks as the
       longest running row of theirs needs.
-    at_once: share groups that are worked on together.
+    at_once: share groups, and lone rows, that are worked on together.
     is_pinned: one memory layout throughout, and pages read in place; for TPUs.
   """
   b = made_B.shape[0]
   num_groups = b // group
   last_B = jnp.where(is_running_B, made_B, -1)
 
-  def attend(layer, q_B1NH, k_B1KH, v_B1KH, cache: LayerCache):
-    del layer
+  def attend(q_B1NH, k_B1KH, v_B1KH, cache: LayerCache):
     prompt_keys, prompt_values, keys, values = cache
     if is_pinned:
       prompt_keys, prompt_values = _pin(prompt_keys, prompt_values)
@@ -288,6 +308,30 @@ def decode_attend(
   return attend
 
 
+def rows_agree(config: QwenConfig, page: int, share: int) -> bool:
+  """Whether this machine's products give a lone row the bits that they give it in a share group.
+
+  No rule of XLA says so; each of its kernels that was tried does it.
+  """
+  k, h = config.num_key_value_heads, config.head_dim
+  g = config.num_attention_heads // k
+  key_q, key_k, key_v = jax.random.split(jax.random.key(0), 3)
+  q_KQH = jax.random.normal(key_q, (1, k, share * g, h), config.dtype)
+  keys = jax.random.normal(key_k, (1, k, h, page), config.dtype)
+  values = jax.random.normal(key_v, (1, k, page, h), config.dtype)
+
+  @jax.jit
+  def both(q_KQH):
+    scores = _product("bkqh,bkhw->bkqw", q_KQH, keys)
+    return scores, _product("bkqw,bkwh->bkqh", jax.nn.relu(scores).astype(q_KQH.dtype), values)
+
+  whole, alone = both(q_KQH), both(q_KQH[:, :, :g])
+  return all(
+    np.array_equal(np.asarray(x)[:, :, :g], np.asarray(y))
+    for x, y in zip(whole, alone, strict=True)
+  )
+
+
 def prefill_attend(
   prompt_P: jax.Array, start_P: jax.Array, pages_SC: jax.Array, is_pinned: bool = False
 ) -> Attend:
@@ -298,8 +342,7 @@ def prefill_attend(
   share a call. Padding blocks name prompt S, whose tokens go to the last page, which nobody reads.
   """
 
-  def attend(layer, q_PTNH, k_PTKH, v_PTKH, cache: LayerCache):
-    del layer
+  def attend(q_PTNH, k_PTKH, v_PTKH, cache: LayerCache):
     keys, values = cache.prompt_keys, cache.prompt_values
     (p, t, n, h), k, width = q_PTNH.shape, values.shape[1], values.shape[2]
     position_PT = start_P[:, None] + jnp.arange(t, dtype=jnp.int32)[None]

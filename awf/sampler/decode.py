@@ -44,6 +44,7 @@ class Shapes:
   group: int  # neighbouring decode rows that share a trip count
   share: int  # rows of one share group: they read a prompt's pages together
   at_once: int  # share groups of one trip
+  lone_at_once: int  # rows of one trip that read their prompt alone; 0: they are groups too
   blocks: int  # prompt blocks of one prefill call
   block: int  # tokens of one prompt block; divides page
   calls: int  # most prefill calls of one dispatch
@@ -53,8 +54,8 @@ class Shapes:
   def __post_init__(self) -> None:
     if self.page % self.block:
       raise ValueError(f"block ({self.block}) must divide page ({self.page})")
-    for name in ("group", "at_once"):
-      if self.rows % getattr(self, name):
+    for name in ("group", "at_once", "lone_at_once"):
+      if self.rows % (getattr(self, name) or 1):
         raise ValueError(f"{name} ({getattr(self, name)}) must divide rows ({self.rows})")
 
   @property
@@ -67,7 +68,7 @@ class Shapes:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Work(Generic[ArrayT]):
-  """What the host asks of one dispatch; every array has one fixed shape. S = A = rows."""
+  """What the host asks of one dispatch; every array has one fixed shape. S = A = L = rows."""
 
   table_BX: ArrayT  # int32 [rows, NUM_COLUMNS]
   tokens_CPT: ArrayT  # int32 [calls, blocks, block], prompt tokens to prefill
@@ -76,27 +77,29 @@ class Work(Generic[ArrayT]):
   known_S: ArrayT  # int32 [rows], prefilled tokens of each prompt
   rows_AM: ArrayT  # int32 [rows, share], rows of each share group
   prompt_A: ArrayT  # int32 [rows], prompt of each share group
-  # int32 [4]: prefill calls, share groups, decode steps, finished rows that end the loop early
-  counts_4: ArrayT
+  row_L: ArrayT  # int32 [rows], rows that read their prompt alone
+  prompt_L: ArrayT  # int32 [rows], prompt of each of these
+  # int32 [5]: prefill calls, share groups, lone rows, decode steps, finished rows that end the loop
+  counts_5: ArrayT
 
   def rows_used(self) -> int:
     """First rows, prompts and share groups that hold all there is to do."""
     running = np.flatnonzero(np.asarray(self.table_BX)[:, COLUMN["status"]] == RUNNING)
     prompts = np.flatnonzero(np.asarray(self.known_S))
-    return max(1, *(int(x[-1]) + 1 for x in (running, prompts) if len(x)), int(self.counts_4[1]))
+    return max(1, *(int(x[-1]) + 1 for x in (running, prompts) if len(x)), *self.counts_5[1:3])
 
   def first_rows(self, rows: int) -> Work[ArrayT]:
     """The same for a program of fewer rows; padding, which named row B, lies beyond them still."""
-    names = ("table_BX", "pages_SC", "known_S", "rows_AM", "prompt_A")
+    names = ("table_BX", "pages_SC", "known_S", "rows_AM", "prompt_A", "row_L", "prompt_L")
     return dataclasses.replace(self, **{name: getattr(self, name)[:rows] for name in names})
 
   def only_prefill(self) -> Work[ArrayT]:
     """The same without decode steps."""
-    return dataclasses.replace(self, counts_4=self.counts_4 * np.asarray([1, 1, 0, 1], np.int32))
+    return dataclasses.replace(self, counts_5=self.counts_5 * np.asarray([1, 1, 1, 0, 1], np.int32))
 
   def only_decode(self) -> Work[ArrayT]:
     """The same without prefill calls."""
-    return dataclasses.replace(self, counts_4=self.counts_4 * np.asarray([0, 1, 1, 1], np.int32))
+    return dataclasses.replace(self, counts_5=self.counts_5 * np.asarray([0, 1, 1, 1, 1], np.int32))
 
 
 def empty_work(shapes: Shapes) -> Work[np.ndarray]:
@@ -111,7 +114,9 @@ def empty_work(shapes: Shapes) -> Work[np.ndarray]:
     np.zeros(shapes.rows, np.int32),
     np.full((shapes.rows, shapes.share), shapes.rows, np.int32),
     np.zeros(shapes.rows, np.int32),
-    np.zeros(4, np.int32),
+    np.full(shapes.rows, shapes.rows, np.int32),
+    np.zeros(shapes.rows, np.int32),
+    np.zeros(5, np.int32),
   )
 
 
@@ -155,7 +160,7 @@ def _prefill(
     attend = prefill_attend(prompt_P, start_P, work.pages_SC, shapes.is_pinned)
     return _forward(model, (params, lora), tokens_PT, position_PT, attend, cache, adapter_P)[1]
 
-  return jax.lax.fori_loop(0, work.counts_4[0], call, cache)
+  return jax.lax.fori_loop(0, work.counts_5[0], call, cache)
 
 
 def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work: Work[jax.Array]):
@@ -177,19 +182,27 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
   index_SB = column("made")[None] + jnp.arange(shapes.steps, dtype=jnp.int32)[:, None]
   uniform_SB = jax.vmap(uniforms, (None, None, 0))(seed_B2, column("sample"), index_SB)
   num_started = jnp.sum(column("status") == RUNNING)
-  sharing = Sharing(work.pages_SC, work.known_S, work.rows_AM, work.prompt_A, work.counts_4[1])
+  sharing = Sharing(
+    work.pages_SC, work.known_S, work.rows_AM, work.prompt_A, work.counts_5[1], work.row_L,
+    work.prompt_L, work.counts_5[2],
+  )  # fmt: skip
 
   def is_going(carry):
     i, _, rows, _ = carry
     num_running = jnp.sum(rows.status_B == RUNNING)
-    is_wanted = num_started - num_running < work.counts_4[3]
-    return (i < work.counts_4[2]) & (num_running > 0) & is_wanted
+    is_wanted = num_started - num_running < work.counts_5[4]
+    return (i < work.counts_5[3]) & (num_running > 0) & is_wanted
 
   def step(carry):
     i, cache, rows, out_S3B = carry
     is_running_B = rows.status_B == RUNNING
     attend = decode_attend(
-      rows.made_B, is_running_B, sharing, shapes.group, shapes.at_once, shapes.is_pinned
+      rows.made_B,
+      is_running_B,
+      sharing,
+      shapes.group,
+      (shapes.at_once, shapes.lone_at_once),
+      shapes.is_pinned,
     )
     hidden_B1D, cache = _forward(
       model, (params, lora),

@@ -38,6 +38,7 @@ def fewer_rows(shapes: Shapes, rows: int) -> Shapes:
     rows=rows,
     group=math.gcd(shapes.group, rows),
     at_once=math.gcd(shapes.at_once, rows),
+    lone_at_once=math.gcd(shapes.lone_at_once, rows) if shapes.lone_at_once else 0,
   )
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 import jax
 
 from awf.qwen.config import QwenConfig
-from awf.sampler.cache import token_bytes
+from awf.sampler.cache import rows_agree, token_bytes
 from awf.sampler.decode import Shapes
 from awf.sampler.device import Device
 from awf.sampler.inbox import Inbox
@@ -76,10 +76,12 @@ def make_shapes(
   if on_cpu:
     block = 64 if context >= 512 else 32
   calls = max(-(-prompt_chunks * page // (prefill_rows * block)), 32)
+  has_lone = on_cpu and rows_agree(config, page, share)
   return Shapes(
     rows=rows, pages=max(pages, prompt_chunks), page=page, prompt_chunks=prompt_chunks,
     chunks=own_chunks, chunk=chunk, group=group, share=share, at_once=at_once,
-    blocks=prefill_rows, block=block, calls=calls, steps=steps, is_pinned=on_tpu,
+    lone_at_once=at_once if has_lone else 0, blocks=prefill_rows, block=block, calls=calls,
+    steps=steps, is_pinned=on_tpu,
   )  # fmt: skip
 
 

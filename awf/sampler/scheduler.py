@@ -90,9 +90,9 @@ class Scheduler:
     for row, sequence in enumerate(self.rows):
       if sequence is not None and sequence.prompt.is_ready:
         self.table_BX[row, COLUMN["status"]] = RUNNING
-    groups = self._list_groups(work, slots)
+    groups, lone = self._list_groups(work, slots)
     work.table_BX = self.table_BX
-    work.counts_4[:] = (calls, groups, *self._decode_budget(calls > 0))
+    work.counts_5[:] = (calls, groups, lone, *self._decode_budget(calls > 0))
     return work
 
   def _decode_budget(self, is_filling: bool) -> tuple[int, int]:
@@ -262,13 +262,17 @@ class Scheduler:
       work.known_S[slot] = prompt.known
     return slots[prompt]
 
-  def _list_groups(self, work: Work[np.ndarray], slots: dict[Prompt, int]) -> int:
-    """Puts running rows of equal prompts into share groups, long prompts first."""
+  def _list_groups(self, work: Work[np.ndarray], slots: dict[Prompt, int]) -> tuple[int, int]:
+    """Puts running rows of equal prompts into share groups, long prompts first.
+
+    Returns:
+      (share groups, rows that are in none).
+    """
     rows: dict[Prompt, list[int]] = {}
     for row, sequence in enumerate(self.rows):
       if self.table_BX[row, COLUMN["status"]] == RUNNING and sequence is not None:
         rows.setdefault(sequence.prompt, []).append(row)
-    group, share = 0, self.shapes.share
+    group, lone, share = 0, 0, self.shapes.share
     for prompt in sorted(rows, key=lambda p: -p.known):
       if not prompt.known:
         continue
@@ -277,10 +281,14 @@ class Scheduler:
         raise RuntimeError("more running prompts than rows")
       for first in range(0, len(rows[prompt]), share):
         some = rows[prompt][first : first + share]
-        work.rows_AM[group, : len(some)] = some
-        work.prompt_A[group] = slot
-        group += 1
-    return group
+        if len(some) == 1 and self.shapes.lone_at_once:
+          work.row_L[lone], work.prompt_L[lone] = some[0], slot
+          lone += 1
+        else:
+          work.rows_AM[group, : len(some)] = some
+          work.prompt_A[group] = slot
+          group += 1
+    return group, lone
 
   def harvest(self, packed: np.ndarray) -> tuple[list[tuple[Job, Part]], list[Job]]:
     """Takes over one dispatch's result.

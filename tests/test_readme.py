@@ -10,7 +10,7 @@ from conftest import ROOT
 from file_tree import clause
 from test_extend import snippets
 
-from awf import cli
+from awf import __version__, cli
 from awf.config import RULES
 from awf.config_io import check_field, get_field, overlay
 from awf.types import UserError
@@ -206,3 +206,14 @@ def test_the_list_of_files_names_files_that_are_there():
     paths += [folder + name] if name else []
   assert len(paths) > 150 and [path for path in paths if not (ROOT / path).exists()] == []
   assert clause("tests/file_tree.py") in text
+
+
+def test_citation_and_changelog_have_their_form():
+  cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+  assert {"cff-version", "message", "title", "authors", "license"} <= cited.keys()
+  assert cited["version"] == __version__ and cited["license"] == "Apache-2.0"
+  heads = re.findall(r"^## \[(.+)\]$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+  assert heads[0] == "Unreleased" and heads[1:] == sorted(heads[1:], reverse=True)
+  assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", head) for head in heads[1:])
+  parts = re.findall(r"^### (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+  assert set(parts) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}

@@ -9,13 +9,14 @@ KILLS ?= 25
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-kill check lint types clean
+.PHONY: help run test test-kill check lint types tree clean
 
 help:
 	@echo "make run     the quickstart: launch.py --config=configs/quickstart.py (ARGS=... adds flags)"
 	@echo "make test    all tests (TESTS=tests/test_cli.py for some)"
 	@echo "make test-kill  a real run killed KILLS=25 times, and inside a save; SEED=0 chooses where"
 	@echo "make check   ruff format, ruff lint, pyright, tests"
+	@echo "make tree    writes docs/layout.md: every file in one clause"
 	@echo "make clean   removes $(VENV) and caches; runs/ stays"
 
 run: $(VENV)/.stamp-run
@@ -36,6 +37,9 @@ lint: $(VENV)/.stamp-dev
 
 types: $(VENV)/.stamp-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+tree: $(BIN)/python
+	$(BIN)/python tests/file_tree.py
 
 # The stamps are newer than the requirements that were installed last.
 $(VENV)/.stamp-run: requirements.txt | $(BIN)/python

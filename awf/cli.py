@@ -202,6 +202,7 @@ def _parse_flags(argv: list[str], config: ConfigDict) -> flags.FlagValues:
     if match:
       check_field(config, match.group(2), "--config.")
   defaults = flatten(config)
+  argv = [part for item in argv for part in _one_each(item, defaults)]
   values = flags.FlagValues()
   flags.DEFINE_string("mode", "train", "what to do", flag_values=values)
   flags.DEFINE_string("workdir", "", "directory of the run", flag_values=values)
@@ -222,6 +223,14 @@ def _parse_flags(argv: list[str], config: ConfigDict) -> flags.FlagValues:
     if isinstance(old, tuple) and new != old:
       set_field(config, name, coerce(new, old, f"--config.{name}"))
   return values
+
+
+def _one_each(item: str, defaults: dict[str, Any]) -> list[str]:
+  """`--config.a=x:y,z` as a flag for each part: a list of names that is no Python literal."""
+  match = re.fullmatch(r"(--?config\.([\w.]+)=)([^\s,'\"()\[\]]+(?:,[^\s,'\"()\[\]]+)+)", item)
+  if not match or not isinstance(defaults.get(match[2]), tuple) or not re.search("[:=/]", match[3]):
+    return [item]
+  return [match[1] + part for part in match[3].split(",")]
 
 
 def _flag_message(error: Exception, defaults: dict[str, Any]) -> str:

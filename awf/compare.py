@@ -18,6 +18,7 @@ from awf.system import System
 from awf.tasks.stats import paired_bootstrap
 from awf.types import Failure, UserError, WorkflowSource, stable_hash
 from awf.workflow.contract import allowed_operators, operators_of
+from awf.workflow.own import operator_names
 from awf.workflow.static import canonical, static_check
 
 COLLAPSE_SAMPLES = 64  # proposals for the seed workflow whose different programs are counted
@@ -112,7 +113,7 @@ def check(system: System, parent: WorkflowSource, text: str) -> WorkflowSource |
 
 def offered_operators(system: System) -> tuple[str, ...]:
   """The operators that the policy is told of."""
-  return tuple(system.config.search.operators) or operators_of(system.task.question_type)
+  return operator_names(system.config.search.operators) or operators_of(system.task.question_type)
 
 
 async def mean_score(system: System, source: WorkflowSource) -> float:

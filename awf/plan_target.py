@@ -91,6 +91,19 @@ def _local() -> Target:
   return Target("local", dataclasses.replace(chip, memory=limit or chip.memory), devices, platform)
 
 
+def device_memory(device: Any) -> float | None:
+  """Bytes of one device that programs may use, a CPU device's share of the host; None: unknown."""
+  import jax
+
+  limit = (device.memory_stats() or {}).get("bytes_limit")
+  if limit:
+    return float(limit)
+  if device.platform == "cpu":
+    return _host_memory() / len(jax.local_devices())
+  chip = find_chip(device.device_kind)
+  return chip.memory if chip else None
+
+
 def _host_memory() -> float:
   try:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from awf.config import is_remote_alone
-from awf.config_io import find_path
+from awf.config_io import find_path, get_field
 from awf.types import UserError
 
 _SEARCHES = ("train", "search", "eval")  # modes with a data set and workflows
@@ -38,8 +38,11 @@ def check_files(config: ConfigDict, mode: str, input: str = "", output: str = ""
     raise UserError(f"--input={input}: no such file; expected JSON lines of {{prompt}}")
   if output and not os.access(Path(output).absolute().parent, os.W_OK):
     raise UserError(f"--output={output}: cannot write there; choose another folder")
-  named = [("model.policy", config.model.policy), ("task.name", config.task.name)]
-  for field, name in (*named, *(("metrics", name) for name in config.metrics)):
+  fields = ("model.policy", "task.name", "reward.function", "executor.client")
+  named = [(field, get_field(config, field)) for field in fields]
+  named += [("metrics", name) for name in config.metrics]
+  named += [("search.operators", name) for name in config.search.operators]
+  for field, name in named:
     if ":" in name:
       _check_module(name, f"config.{field}")
   is_local = not is_remote_alone(config, mode)

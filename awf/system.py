@@ -16,14 +16,15 @@ from ml_collections import ConfigDict
 from awf.absent import NoPolicy
 from awf.banner import banner_lines
 from awf.config import is_remote_alone
-from awf.config_io import PATH_FIELDS, flatten
+from awf.config_io import PATH_FIELDS, flatten, load_object
 from awf.gauges import Gauges, Peak, find_peak, peak_memory_gb, utilisation
 from awf.hosts import Cluster, Hosts
 from awf.membership import join, settings
 from awf.sandbox import Sandbox, SandboxConfig
 from awf.terminal import count_tokens
-from awf.types import Problem, SamplingParams, UserError, WorkflowSource, stable_hash
+from awf.types import LLM, Problem, SamplingParams, UserError, WorkflowSource, stable_hash
 from awf.workflow.contract import PRELOAD, seed_source
+from awf.workflow.own import add_operators
 
 log = logging.getLogger("awf")
 
@@ -36,7 +37,8 @@ class System:
   Attributes:
     sandbox: started before JAX, so that its forks hold no accelerator.
     hosts: the processes of the run.
-    executor: what answers the calls of workflows: the policy's base, or a remote model.
+    executor: what answers the calls of workflows: the policy's base, a remote model, or a
+      client of the user's own.
     proposer: what proposes edits: the policy, or a remote model.
     policy: base model with the policy's adapter, on this process's devices; a `NoPolicy` where
       remote models do all.
@@ -53,7 +55,8 @@ class System:
   def __init__(self, config: ConfigDict, workdir: Any):
     self.config, self.workdir, self.gauges = config, workdir, Gauges()
     self._remotes: list[Any] = []  # clients of remote models
-    self.sandbox = Sandbox(SandboxConfig(**config.sandbox), preload=PRELOAD)
+    own = add_operators(config.search.operators)
+    self.sandbox = Sandbox(SandboxConfig(**config.sandbox), preload=(*PRELOAD, *own))
     try:
       self._build()
     except BaseException:
@@ -92,7 +95,8 @@ class System:
       trainable_parameters=self.policy.trainable_parameters,
       trainable_share=self.policy.trainable_share,
     )
-    self.executor = self._remote("executor") or self.policy
+    own = make_executor(config.executor.client)
+    self.executor: LLM = self._remote("executor") or own or self.policy
     self.proposer = self._remote("search") or self.policy
     self._proposed = [0, 0]  # prompt and generated tokens of proposals
     self._runners: dict[int, Any] = {}
@@ -341,6 +345,27 @@ class System:
 def price(tokens: Sequence[int], prices: Sequence[float]) -> float:
   """USD of (prompt, generated) tokens at prices of a million of each."""
   return sum(n * p for n, p in zip(tokens, prices, strict=True)) / 1e6
+
+
+def make_executor(name: str) -> LLM | None:
+  """The client that `config.executor.client` names, made without arguments; None without a name.
+
+  Raises:
+    UserError: it cannot be imported or made, or has no `complete`.
+  """
+  if not name:
+    return None
+  field = "config.executor.client"
+  make = load_object(name, field)
+  try:
+    client = make()
+  except Exception as error:  # whatever the user's class raises, for want of a key for instance
+    raise UserError(f"{field} = {name!r}: {type(error).__name__}: {error}") from error
+  if not isinstance(client, LLM):
+    raise UserError(
+      f"{field} = {name!r}: expected `async def complete(self, messages, sampling, key, adapter=0)`"
+    )
+  return client
 
 
 def hold_out(

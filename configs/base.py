@@ -81,6 +81,8 @@ def base_config() -> ConfigDict:
       top_k=0,  # as in sampler
       min_p=0.0,  # as in sampler
       max_new_tokens=256,  # of an answer
+      # package.module:Class of your own that answers in the place of the base; "" = the base
+      client="",
       system="",  # system message of every call; "" = none
       concurrency=64,  # problems that a workflow works on at a time
       # An OpenAI-compatible endpoint that answers workflows instead of the local model.
@@ -144,7 +146,9 @@ def base_config() -> ConfigDict:
       max_calls=0,  # model calls of a search, proposals included; 0 = no limit
       max_tokens=0,  # generated tokens of a search; 0 = no limit
       prompt="full",  # full (any chat model), compact (the nano model's)
-      operators=(),  # offered to the optimiser, by name; () = those of the data set's kind
+      # offered to the optimiser, by name or as package.module:Class of your own; () = those of the
+      # data set's kind
+      operators=(),
       # turns in which a proposal that fails a check or its smoke run may be repaired; the repaired
       # workflow enters the tree, the reward stays that of the first try
       repairs=0,
@@ -193,6 +197,7 @@ def base_config() -> ConfigDict:
       smoke=0.1,  # it fails the smoke run
       runs=0.2,  # it runs: this, and
       score=0.8,  # this times its mean score
+      function="",  # package.module:function of your own that has the last word; "" = none
     )
   )
   c.grpo = ConfigDict(

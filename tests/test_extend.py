@@ -1,4 +1,4 @@
-"""The README's extensions, run as they stand there: data set, policy, metric; and mistakes."""
+"""The README's extensions, run as they stand there, and mistakes in them."""
 
 import asyncio
 import json
@@ -6,22 +6,34 @@ import re
 import shlex
 import shutil
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT
 from test_workspace import aflow_workspace
 
 from awf import cli
+from awf.compare import offered_operators
 from awf.config import validate
 from awf.config_io import load_config, resolve_paths, set_field
 from awf.metrics import OwnMetrics
 from awf.policy import make_policy
 from awf.qwen.tokenizer import load_tokenizer
 from awf.sampler.engine import Engine
+from awf.search.config import RewardConfig
+from awf.search.reward import load_reward, own_parts
+from awf.search.stages import Trial, Verdict, reward_parts
+from awf.search.template import template_files
+from awf.system import System, make_executor
 from awf.tasks import make_task
 from awf.train import run_search, run_train
-from awf.types import Rollout, UserError
+from awf.types import Problem, Rollout, UserError, WorkflowSource
 from awf.workdir import Workdir
+from awf.workflow import contract
+from awf.workflow.operators import CLASSES
+from awf.workflow.own import add_operators
+from awf.workflow.static import static_check
 from configs.base import base_config
 
 MAX_LINES = 15
@@ -46,6 +58,9 @@ def folder(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, "path", list(sys.path))
   known = set(sys.modules)
   yield tmp_path
+  load_reward.cache_clear()
+  for name in set(contract.OPERATORS) - {one.__name__ for one in CLASSES}:
+    del contract.OPERATORS[name]
   for name in set(sys.modules) - known:
     if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
       del sys.modules[name]
@@ -55,8 +70,9 @@ def flag_of(name):
   return {n: flags for n, (_, flags) in snippets().items()}[name]
 
 
-def test_the_readme_has_three_snippets_of_at_most_15_lines():
-  assert sorted(snippets()) == ["patient.py", "sums.py", "variety.py"]
+def test_the_readme_has_six_snippets_of_at_most_15_lines():
+  names = ["doubt.py", "ollama_api.py", "patient.py", "sums.py", "thrifty.py", "variety.py"]
+  assert sorted(snippets()) == names
   for source, _ in snippets().values():
     assert len(source.splitlines()) <= MAX_LINES
 
@@ -77,8 +93,9 @@ def test_a_data_set_of_ones_own_is_loaded_split_and_graded(folder):
     task.load_dataset()
 
 
-def test_a_policy_and_a_metric_of_ones_own_run_in_the_loop(folder, monkeypatch):
-  argv = [*flag_of("patient.py"), *flag_of("variety.py"), "--config.mesh.data=1"]
+def test_a_policy_a_metric_and_a_reward_of_ones_own_run_in_the_loop(folder, monkeypatch):
+  names = ("patient.py", "variety.py", "thrifty.py")
+  argv = [*(flag for name in names for flag in flag_of(name)), "--config.mesh.data=1"]
   command = cli.parse(["--config=configs/quickstart.py:smoke", "--workdir=run", *argv])
   config = resolve_paths(command.config)
   submit, drawn = Engine.asubmit, []
@@ -104,6 +121,76 @@ def test_a_policy_and_a_metric_of_ones_own_run_in_the_loop(folder, monkeypatch):
   assert figures["rounds"] == 1 and [row["level"] for row in rows] == ["batch", "epoch"]
   assert [row["proposals/distinct"] for row in rows] == [expected, expected]
   assert "proposals/distinct" in (folder / "run/metrics.csv").read_text().splitlines()[0]
+  (written,) = (folder / "run/trajectories").glob("*.jsonl")
+  proposals = [json.loads(line) for line in written.read_text().splitlines()]
+  assert len(proposals) == len(completions)
+  for row in proposals:
+    assert set(row["parts"]) == {"stage", "score", "calls"}
+    assert row["reward"] == pytest.approx(sum(row["parts"].values()))
+    assert (row["parts"]["calls"] < 0) is (row["stage"] in ("smoke", "subset", "full"))
+
+
+GRAPH = """class Workflow:
+    def __init__(self, name: str, llm_config, dataset: DatasetType) -> None:
+        self.llm = create_llm_instance(llm_config)
+        self.doubt = operator.Doubt(self.llm)
+
+    async def __call__(self, problem: str):
+        checked = await self.doubt(problem=problem, solution="5")
+        return checked['response'], 0.0
+"""
+
+
+class OllamaServer(BaseHTTPRequestHandler):
+  """Answers as Ollama's /api/chat does; remembers what it was asked."""
+
+  asked: list = []
+
+  def do_POST(self):
+    body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    self.asked.append((self.path, body))
+    reply = json.dumps({"message": {"role": "assistant", "content": "<answer>4</answer>"}}).encode()
+    self.send_response(200)
+    self.send_header("Content-Length", str(len(reply)))
+    self.end_headers()
+    self.wfile.write(reply)
+
+  def log_message(self, *args):
+    pass
+
+
+def test_an_operator_and_a_remote_client_of_ones_own_work_together(folder, monkeypatch):
+  server = ThreadingHTTPServer(("127.0.0.1", 0), OllamaServer)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  monkeypatch.setenv("OLLAMA_HOST", f"http://127.0.0.1:{server.server_port}")
+  argv = [*flag_of("doubt.py"), *flag_of("ollama_api.py"), "--config.mesh.data=1"]
+  config = resolve_paths(cli.parse(["--config=configs/quickstart.py:smoke", *argv]).config)
+  try:
+    with System(config, Workdir(folder / "run")) as system:
+      offered = offered_operators(system)
+      source, problem = WorkflowSource(GRAPH, "A = 'a'"), system.validation[0]
+      result = asyncio.run(system.runner().run(source, problem))
+  finally:
+    server.shutdown()
+    server.server_close()
+  assert offered == ("Custom", "ScEnsemble", "Doubt")
+  assert (
+    "3. Doubt: Lets the model check a solution step by step and answer again, with interface "
+    in (contract.describe(offered))
+  )
+  assert "doubt(problem: str, solution: str) -> dict with key 'response'." in (
+    contract.describe(offered)
+  )
+  assert static_check(source, offered) is None
+  wrong = static_check(WorkflowSource(GRAPH.replace("'response'", "'answer'"), "A = 'a'"), offered)
+  assert wrong is not None and "response" in wrong.message
+  assert (result.answer, result.failure, result.calls) == ("<answer>4</answer>", None, 1)
+  ((path, body),) = OllamaServer.asked
+  assert path == "/api/chat" and body["options"]["temperature"] == config.executor.temperature
+  assert body["messages"][-1]["content"].startswith(problem.prompt + "\n\nSolution:\n5")
+  written = template_files(offered)["operator.py"]  # what AFlow reads
+  compile(written, "operator.py", "exec")
+  assert "class Doubt(Operator):" in written and "awf" not in written.split("class Doubt")[1]
 
 
 def test_a_user_of_aflow_points_us_at_a_workspace(tmp_path, monkeypatch):
@@ -150,6 +237,9 @@ def test_several_metrics_are_given_by_repeating_the_flag(folder):
     ("model.policy", "QwenPolicy", "expected package.module:Class"),
     ("model.policy", "../policy.py:Mine", "expected package.module:Class"),
     ("task.name", "sums:", "or package.module:Class"),
+    ("reward.function", "thrifty", "expected package.module:function"),
+    ("executor.client", "Ollama", "expected package.module:Class"),
+    ("search.operators", ("Custom", "doubt:"), "names of operators or package.module:Class"),
   ],
 )
 def test_names_of_another_form_are_refused_before_anything_starts(field, value, message):
@@ -174,6 +264,60 @@ def test_a_policy_that_cannot_be_had_is_refused_in_one_line(folder):
     with pytest.raises(UserError) as refused:
       make_policy(config)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def refused(call, *args):
+  """The one line in which something of the user's own is refused."""
+  with pytest.raises(UserError) as caught:
+    call(*args)
+  assert "\n" not in str(caught.value)
+  return str(caught.value)
+
+
+def test_a_reward_that_gives_no_numbers_is_refused_in_one_line(folder):
+  trials = tuple(Trial(Problem(str(n), "?"), 1.0, "", "", calls=n) for n in (2, 4))
+  verdict, source = Verdict("subset", None, trials), WorkflowSource("", "")
+  parts = reward_parts(verdict, RewardConfig())
+  own = own_parts("thrifty:reward", parts, source, verdict)
+  assert own == {**parts, "calls": pytest.approx(-0.06)} and "calls" not in parts
+  (folder / "bad_reward.py").write_text(
+    "ten = 10\n"
+    "def one(parts, source, verdict):\n  return 1.0\n"
+    "def worded(parts, source, verdict):\n  return {'stage': 'much'}\n"
+    "def endless(parts, source, verdict):\n  return {'stage': float('inf')}\n"
+  )
+  for name, message in (
+    ("bad_reward:ten", "expected a function, got 10"),
+    ("bad_reward:none", "the module bad_reward has no 'none'"),
+    ("bad_reward:one", "expected {name: number}, got 1.0"),
+    ("bad_reward:worded", "expected finite numbers by name, got 'stage': 'much'"),
+    ("bad_reward:endless", "expected finite numbers by name, got 'stage': inf"),
+  ):
+    line = refused(own_parts, name, parts, source, verdict)
+    assert message in line and "config.reward.function" in line
+
+
+def test_an_operator_or_a_client_that_cannot_work_is_refused_in_one_line(folder, monkeypatch):
+  (folder / "bad_kinds.py").write_text(
+    "from awf.workflow.operators import Operator\n"
+    "class Silent(Operator):\n  keys = ('a',)\n  async def __call__(self, x): ...\n"
+    "class Keyless(Operator):\n  'Does.'\n  async def __call__(self, x): ...\n"
+    "class Callless(Operator):\n  'Does.'\n  keys = ('a',)\n"
+    "class Custom(Operator):\n  'Does.'\n  keys = ('a',)\n  async def __call__(self, x): ...\n"
+    "class Mute:\n  pass\n"
+  )
+  for name, message in (
+    ("Silent", "expected a docstring for the optimiser and `keys`"),
+    ("Keyless", "expected a docstring for the optimiser and `keys`"),
+    ("Callless", "expected `async def __call__(self, ...)`"),
+    ("Custom", "the name Custom is taken"),
+    ("Mute", "expected a subclass of Operator"),
+  ):
+    line = refused(add_operators, (f"bad_kinds:{name}",))
+    assert message in line and "config.search.operators" in line
+  assert "expected `async def complete(" in refused(make_executor, "bad_kinds:Mute")
+  assert "missing 1 required" in refused(make_executor, "bad_kinds:Silent")
+  assert "cannot import config.executor.client" in refused(make_executor, "nothing_here:Client")
 
 
 def test_a_metric_that_gives_no_numbers_is_refused_in_one_line(folder):

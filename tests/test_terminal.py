@@ -14,7 +14,9 @@ import pytest
 from conftest import ROOT
 
 from awf import terminal
-from awf.banner import banner_lines
+from awf.banner import banner_lines, memory_line, update_bytes
+from awf.chips import GIB
+from awf.plan_ideal import bytes_of
 from awf.terminal import Handler, Stage, clock, count_tokens, open_stages, show, track
 
 SCRIPT = """
@@ -162,7 +164,25 @@ def test_the_banner_says_what_runs(tmp_path):
 
   with System(resolve_paths(small()), Workdir(tmp_path)) as system:
     rows = dict(line.split(maxsplit=1) for line in banner_lines(system))
+    added = update_bytes(system)
+    state = system.make_trainer(1).state
   assert list(rows) == ["model", "chips", "training", "data", "sandbox", "memory"]
   assert "3.1M parameters" in rows["model"] and "mesh data 1" in rows["chips"]
   assert "286,720 parameters, 9.358 %" in rows["training"] and "2 held out" in rows["data"]
-  assert "landlock" in rows["sandbox"] and "GiB held" in rows["memory"]
+  assert "landlock" in rows["sandbox"] and ": fits " in rows["memory"]
+  assert added["adapter"] == 2 * bytes_of(state.lora)
+  assert added["optimiser"] == pytest.approx(bytes_of(state.opt_state), rel=1e-3)
+  assert added["head"] == 3 * 4 * 512 * 1200  # float32, chunks of 512 tokens, 1,200 words
+
+
+def test_the_memory_line_says_whether_it_fits():
+  added = {"adapter": 0.25 * GIB, "optimiser": 0.25 * GIB, "head": 0.5 * GIB}
+  for limit, words in (
+    (16.0 * GIB, "14.00 GiB held by one device, 15.00 with an update"),
+    (16.0 * GIB, "(adapter 0.25, optimiser 0.25, head 0.50): fits 16.0 GiB before activations"),
+    (15.0 * GIB, ": fits 15.0 GiB"),
+    (14.9 * GIB, ": does not fit 14.9 GiB"),
+    (None, "does not say what it has"),
+  ):
+    assert words in memory_line(14.0 * GIB, added, limit), limit
+  assert "update" not in memory_line(14.0 * GIB, {}, 16.0 * GIB)

@@ -12,6 +12,7 @@ from awf.search.curriculum import ORDERS
 from awf.search.propose import STYLES
 from awf.types import UserError, WorkflowSource
 from awf.workflow.contract import OPERATORS, operators_of
+from awf.workflow.own import operator_names
 
 SELECTIONS = ("aflow", "uct", "puct")
 QUESTION_TYPES = ("qa", "math", "code")
@@ -26,6 +27,7 @@ class RewardConfig:
   smoke: float = 0.1  # fails the smoke run
   runs: float = 0.2
   score: float = 0.8
+  function: str = ""  # package.module:function that has the last word; "" = none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,7 @@ class SearchConfig:
     """Makes it from `config.search` and `config.reward`; other parts' fields are left out."""
     names = {f.name for f in dataclasses.fields(SearchConfig)} - {"reward"}
     fields = {k: v for k, v in search.items() if k in names}
-    fields["operators"] = tuple(fields.get("operators", ()))
+    fields["operators"] = operator_names(fields.get("operators", ()))
     return SearchConfig(
       dataset=dataset,
       question_type=question_type,

@@ -36,7 +36,7 @@ from awf.search.tree import SEED, Node, Tree, add_event, expand_event, replay
 from awf.search.workspace import Workspace
 from awf.terminal import track
 from awf.types import Completion, Failure, Problem, UserError, WorkflowSource, stable_hash
-from awf.workflow.contract import ALL_OPERATORS, seed_source
+from awf.workflow.contract import OPERATORS, seed_source
 from awf.workflow.static import static_check
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class MCTSOptimizer:
     self._starts = tuple(starts)
     self._root = root or seed_source(config.question_type)
     for number, source in enumerate((self._root, *self._starts)):
-      failure = static_check(source, ALL_OPERATORS, config.is_code)
+      failure = static_check(source, tuple(OPERATORS), config.is_code)
       if failure is not None:
         raise UserError(
           f"config.search.starts: workflow {number} fails the static check: {failure.message}"
@@ -256,7 +256,7 @@ class MCTSOptimizer:
     """Takes over the rounds of a workspace that AFlow wrote."""
     events = []
     for node in self.workspace.adopt(self.problems, self._root):
-      valid = static_check(node.source, ALL_OPERATORS, self.config.is_code) is None
+      valid = static_check(node.source, tuple(OPERATORS), self.config.is_code) is None
       key = key_of(node.source) if valid else ""
       events.append(add_event(dataclasses.replace(node, canonical=key)))
     self._state = SearchState(tuple(events), replay(events))

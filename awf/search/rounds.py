@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from awf.search.config import RewardConfig, SearchConfig
+from awf.search.reward import own_parts
 from awf.search.stages import Trial, Verdict, reward_parts
 from awf.search.tree import NO_NODE, STAGES, Node, Tree, add_event, evaluate_event
 from awf.tasks.stats import pass_at_k, solved_at_k
@@ -212,6 +213,8 @@ def _add_child(draft: Draft, child: Child, full: Mapping[str, Verdict]) -> None:
 def reward_of(child: Child, config: RewardConfig) -> tuple[float, dict[str, float]]:
   """Reward and its addends; NaN and {} when the proposal was lost."""
   parts = {} if child.refused else reward_parts(child.verdict, config)
+  if parts and config.function:
+    parts = own_parts(config.function, parts, child.source, child.verdict)
   return (sum(parts.values()) if parts else math.nan), parts
 
 

@@ -11,6 +11,7 @@ import inspect
 import json
 
 from awf.workflow import contract, extract, operators, prompts
+from awf.workflow.own import own_sources
 
 # Import lines of awf/workflow/operators.py and what stands for them inside the folder.
 _IMPORTS = (
@@ -92,7 +93,7 @@ def template_files(operators_offered: tuple[str, ...]) -> dict[str, str]:
     text = text.replace(ours, theirs)
   return {
     "operator.json": operator_json(operators_offered),
-    "operator.py": text,
+    "operator.py": text + own_sources(operators_offered),
     "operator_an.py": inspect.getsource(extract),
     "op_prompt.py": inspect.getsource(prompts),
     "bridge.py": _BRIDGE,

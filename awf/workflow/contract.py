@@ -148,8 +148,6 @@ OPERATORS_BY_TYPE: dict[str, tuple[str, ...]] = {
   "code": ("Custom", "CustomCodeGenerate", "ScEnsemble", "Test"),
 }
 
-ALL_OPERATORS = tuple(OPERATORS)
-
 # Names that a graph uses without importing them.
 PROVIDED_NAMES = (
   "operator",

@@ -13,6 +13,7 @@ import importlib
 import logging
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from awf.sandbox.child import CallError, JobError, describe
@@ -92,6 +93,13 @@ def _module(name: str, **members: Any) -> types.ModuleType:
   return module
 
 
+def _family(kind: type) -> Iterator[type]:
+  """All subclasses: our operators, and those of preloaded modules of the user's own."""
+  for one in kind.__subclasses__():
+    yield one
+    yield from _family(one)
+
+
 def _execute(text: str, file: str, namespace: dict[str, Any], what: str) -> None:
   try:
     code = compile(text, file, "exec", dont_inherit=True)
@@ -118,7 +126,7 @@ def load_workflow(payload: dict[str, Any], session: Session) -> Any:
     return AsyncLLM(llm_config)
 
   operator = _module("operator", Operator=operators.Operator)
-  for one in operators.CLASSES:
+  for one in _family(operators.Operator):
     setattr(operator, one.__name__, one)
   prompt = types.ModuleType("prompt_custom")
   modules = {

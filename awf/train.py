@@ -53,6 +53,7 @@ class Loop:
     from awf.checkpoint import Checkpointer
     from awf.metrics import MetricsLogger, OwnMetrics
     from awf.qwen import hf
+    from awf.report_live import LiveReport
 
     self.system, self.config, self.trains = system, system.config, trains
     self.workdir, self.hosts = system.workdir, system.hosts
@@ -68,6 +69,8 @@ class Loop:
       base_hash=hf.base_hash(system.policy.params),
     )
     self.trainer = system.make_trainer(self.total_rounds) if trains else None
+    used = (*system.held_out, *system.search_problems)
+    self.report = LiveReport(self.workdir.path, used, self.hosts.is_writer)
     self.search = None
     self._finished: dict[str, Any] | None = None  # the last search, for more rounds of it
     self._saved = -1  # number of the newest checkpoint
@@ -224,6 +227,11 @@ class Loop:
     # A row of its own: the checkpoint covers the round's.
     self.metrics.log(p.step, {}, self.system.gauges.take(), epoch=epoch)
     self._say(p.step, results, timings, best.score)
+    self.report.update(self._parts)
+
+  def _parts(self) -> dict[str, Any]:
+    """Counters for the report; those of this process alone."""
+    return {"before": self.progress.before, **self.system.counters()}
 
   def _mean_pass_at_k(self, epoch: int) -> float:
     """Mean over an epoch's rounds of pass@k of the proposals, k being a whole group."""
@@ -358,13 +366,11 @@ class Loop:
     }
 
   def _close(self, summary: dict[str, Any]) -> None:
-    from awf.report import write_report
-
     self.metrics.close()
     self.checkpoints.close()
     if not self.hosts.is_writer:
       return
-    write_report(self.workdir.path)
+    self.report.write(self._parts())
     for line in closing_lines(summary, self.workdir):
       log.info("%s", line)
 

@@ -167,12 +167,13 @@ def _rows(path: pathlib.Path, run: Run) -> list[dict[str, Any]]:
 
 
 def best_node(tree: Tree) -> Node | None:
-  """The best node by full validation, or by whatever validation there is."""
-  for stages in (("full",), ("subset", "full")):
-    nodes = tree.selectable(stages)
-    if nodes:
-      return max(nodes, key=lambda node: (node.score, -node.id))
-  return None
+  """The best node by full validation, or, where no proposal got one, by what validation there is.
+
+  As the search itself says, without its config.
+  """
+  full = tree.selectable(("full",))
+  nodes = full if any(n.parent != NO_NODE for n in full) else tree.selectable(("subset", "full"))
+  return max(nodes, key=lambda node: (node.score, -node.id)) if nodes else None
 
 
 def lineage(tree: Tree, node: Node) -> list[Node]:

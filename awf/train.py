@@ -23,6 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from awf.backup import status_figures
+from awf.board import best_key, log_round, log_start, log_tree
 from awf.hosts import Cluster
 from awf.interrupt import Interrupted, StopRequest
 from awf.progress import Progress
@@ -51,7 +52,8 @@ class Loop:
 
   def __init__(self, system: System, trains: bool):
     from awf.checkpoint import Checkpointer
-    from awf.metrics import MetricsLogger, OwnMetrics
+    from awf.metrics import MetricsLogger
+    from awf.own_metrics import OwnMetrics
     from awf.qwen import hf
     from awf.report_live import LiveReport
 
@@ -182,6 +184,7 @@ class Loop:
     if p.episode % t.episodes == 0:
       extra = {"checkpoint_quality": p.beaten, "avg_pass_at_k": self._mean_pass_at_k(epoch)}
       self.metrics.log_epoch(epoch, p.step, extra)
+      log_tree(self.metrics, epoch, search)
     self.search = None
     self._save()
 
@@ -192,7 +195,7 @@ class Loop:
 
   async def _round(self, search, epoch: int) -> None:
     p, started = self.progress, time.perf_counter()
-    before = self._totals()
+    before, best_before = self._totals(), best_key(search)
     self.system.gauges.restart()
     result = await search.round()
     searched = time.perf_counter()
@@ -221,11 +224,14 @@ class Loop:
     results = {**result.metrics, **update, "checkpoint_quality": quality}
     results |= self.own_metrics(result.rollouts, results)
     self.metrics.log(p.step, results, timings, epoch=epoch)
+    log_round(self.metrics, p.step, result.records, search, best_before)
     if p.step % self.config.train.checkpoint_every == 0 or p.is_stopped:
       self._save()
     self._shown.advance(best=best.score, nodes=len(search.tree.nodes), updates=p.updates)
     # A row of its own: the checkpoint covers the round's.
-    self.metrics.log(p.step, {}, self.system.gauges.take(), epoch=epoch)
+    saved = self.system.gauges.take_part("checkpoint")
+    if saved:
+      self.metrics.log(p.step, {}, saved, epoch=epoch)
     self._say(p.step, results, timings, best.score)
     self.report.update(self._parts)
 
@@ -384,6 +390,7 @@ class Loop:
     )
     if found is None:
       self.metrics.truncate(-1)
+      log_start(self.metrics, self.config)
       self._drop_trajectories()
       return
     self._saved, state, extra = found

@@ -90,8 +90,8 @@ def grading(run: Run) -> str:
     ("right", right),
     ("partly right", len(seen) - right - wrong),
     ("wrong", wrong),
-    ("of the wrong ones kept: the workflow failed", len(broken)),
-    ("of the wrong ones kept: no answer could be read", len(unread)),
+    ("kept failures: the workflow ended with an error", len(broken)),
+    ("kept failures: no answer could be read", len(unread)),
   ]
   lost = sum(
     node.failure is not None and node.failure.kind == "infrastructure"

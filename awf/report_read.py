@@ -123,9 +123,9 @@ def _read_trajectories(run: Run) -> None:
     search, last = search + (0 < round <= last), round
     if search < len(run.searches):
       for row in rows:
-        if isinstance(row.get("parent"), int):
-          key = (row.get("round"), row["parent"], row.get("key") or row.get("modification"))
-          run.searches[search].records.setdefault(key, []).append(row)
+        what = str(row.get("key") or row.get("modification") or "")
+        key = (_whole(row.get("round")), _whole(row.get("parent")), what)
+        run.searches[search].records.setdefault(key, []).append(row)
 
 
 def _whole(value: Any) -> int:

@@ -168,15 +168,34 @@ def test_no_external_resource_and_both_colour_schemes(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name", ["config.json", "metrics.jsonl", "timings.jsonl", "workspace/NANO/journal.jsonl"]
+  "name",
+  [
+    "config.json",
+    "metrics.jsonl",
+    "timings.jsonl",
+    "workspace/NANO/journal.jsonl",
+    "trajectories/round_0001.jsonl",
+    "parts.json",
+    "problems.json",
+  ],
 )
 @pytest.mark.parametrize(
-  "content", [None, "", "{", "[1]\n[2]\n", '{"event": "add"}\n{}\n', "\xff\x00"]
+  "content",
+  [
+    None,
+    "",
+    "{",
+    "[1]\n[2]\n",
+    '{"event": "add"}\n{}\n',
+    "\xff\x00",
+    '{"round": [], "parent": {}, "key": [1], "tokens": "x", "sandbox": 3, "before": []}',
+  ],
 )
 def test_missing_and_broken_files_cost_their_section_only(tmp_path, name, content):
   write_run(tmp_path, [node(1, 0, 0.5)])
   file = tmp_path / name
-  file.unlink()
+  file.parent.mkdir(exist_ok=True)
+  file.unlink(missing_ok=True)
   if content is not None:
     file.write_text(content, encoding="latin-1")
   Page(write_report(tmp_path).read_text())

@@ -226,7 +226,7 @@ class _EventFile:
   """
 
   def __init__(self, folder: pathlib.Path):
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
     from tensorboardX.record_writer import RecordWriter
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -279,7 +279,7 @@ def _drop_events(folder: pathlib.Path, step: int, epochs: set[int]) -> None:
 def read_events(path: pathlib.Path) -> Iterator[Any]:
   """The `Event` messages of a file that hold a value; what a crash cut off ends them."""
   from google.protobuf.message import DecodeError
-  from tensorboardX.proto.event_pb2 import Event
+  from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
   data, at = path.read_bytes(), 0
   while at + 16 <= len(data):
@@ -309,7 +309,7 @@ def _histogram_value(values: np.ndarray) -> dict[str, Any]:
 
 
 def _image_value(png: bytes, width: int, height: int) -> dict[str, Any]:
-  from tensorboardX.proto.summary_pb2 import Summary
+  from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
   size = {"width": width, "height": height, "colorspace": 3}
   return {"image": Summary.Image(encoded_image_string=png, **size)}

@@ -59,7 +59,7 @@ def budget(run: Run) -> str:
   whole_time = seconds.get("time/step", 0.0)
   if whole_time:
     rows = [
-      (text, seconds[name], f"{parts.number(seconds[name], 3)} s "
+      (text, seconds[name], f"{seconds[name]:,.1f} s "
        f"({100 * seconds[name] / whole_time:.0f} % of the rounds)")
       for name, text in TIMES if seconds.get(name)
     ]  # fmt: skip
@@ -99,26 +99,30 @@ def grading(run: Run) -> str:
   )  # fmt: skip
   rows.append(("proposals lost to the infrastructure", lost))
   shown = [(name, parts.number(count)) for name, count in rows]
-  return "<h3>Grader</h3>" + parts.card(parts.table(("answers", ""), shown, numeric=(1,)))
+  return f"<div><h3>Grader</h3>{parts.card(parts.table(('answers', ''), shown))}</div>"
 
 
 def machine(run: Run) -> str:
-  """Counters of the sandbox, the workflows and the sampler."""
-  out = ""
-  for title, key in (
-    ("Sandbox", "sandbox"), ("Workflows", "workflows"), ("Sampler", "sampler"),
-  ):  # fmt: skip
+  """Counters of the grader, the sandbox, the workflows and the sampler."""
+  shown = [grading(run)]
+  for title in ("sandbox", "workflows", "sampler"):
+    counters = dict(numbers(run.parts.get(title)))
+    layers = numbers(counters.pop("layers", None))
     rows = [
-      (name, parts.number(value) if is_number(value) else value)
-      for name, value in _flat(run.parts.get(key) or {})
+      (name, parts.number(value) if is_number(value) else value) for name, value in _flat(counters)
       if name
-    ]
+    ]  # fmt: skip
+    for text, wanted in (("layers on", True), ("layers off", False)):
+      named = sorted(name for name, is_on in layers.items() if is_on is wanted)
+      if named:
+        rows.insert(0, (text, ", ".join(named)))
     if rows:
-      table = parts.table((key, ""), rows, numeric=(1,))
-      out += f"<h3>{title}</h3>" + parts.card(table)
-  if out:
-    out += parts.note("Counted since the process started that wrote this page last.")
-  return grading(run) + out
+      table = parts.table((title, ""), rows)
+      shown.append(f"<div><h3>{title.capitalize()}</h3>{parts.card(table)}</div>")
+  if not any(shown):
+    return ""
+  text = "Sandbox, workflows, sampler: since the process started that wrote this page last."
+  return f'<div class="charts">{"".join(shown)}</div>' + (parts.note(text) if shown[1:] else "")
 
 
 def backups(run: Run) -> str:

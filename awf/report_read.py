@@ -11,7 +11,7 @@ import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from awf.metrics import read_rows
 from awf.search.tree import NO_NODE, Node, Tree, replay
@@ -189,6 +189,6 @@ def numbers(value: Any) -> Mapping[str, Any]:
   return value if isinstance(value, dict) else {}
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
   """Whether a file held a finite number there."""
   return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

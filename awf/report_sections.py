@@ -157,7 +157,7 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, fl
     for name, value in row.items():
       if name not in ("step", "epoch", "level"):
         point = float(value) if is_number(value) else None
-        out.setdefault(name, []).append((float(step), point))  # type: ignore[arg-type]
+        out.setdefault(name, []).append((float(step), point))
   return {name: points for name, points in out.items() if any(y is not None for _, y in points)}
 
 

@@ -326,7 +326,7 @@ def test_the_page_of_a_run_that_goes_on_takes_a_small_share_of_its_time(tmp_path
   assert not live.update(lambda: parts)
   text = (tmp_path / "report.html").read_text()
   shown = " ".join(Page(text).text)
-  assert "layers.seccomp" in shown and "The run has not ended" in shown
+  assert "layers on seccomp" in shown and "The run has not ended" in shown
   assert data_of(text)["problems"] == {"p": "What is 3 + 3?"}
   assert json.loads((tmp_path / "problems.json").read_text()) == {"p": "What is 3 + 3?"}
   assert live.update(lambda: parts)

@@ -43,7 +43,10 @@ def budget(run: Run) -> str:
   total = sum(note["tokens"] for note in notes if is_number(note.get("tokens")))
   calls = sum(note["calls"] for note in notes if is_number(note.get("calls")))
   if total:
-    tokens = [("proposals", run.proposal_tokens), ("workflows", total - run.proposal_tokens)]
+    tokens: list[tuple[str, float]] = [
+      ("proposals", run.proposal_tokens),
+      ("workflows", total - run.proposal_tokens),
+    ]
     whole = run.summary.get("tokens")
     if is_number(whole) and whole > total:
       tokens.append(("comparison, test", whole - total))

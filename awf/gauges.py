@@ -71,6 +71,10 @@ class Gauges:
       "perf/compile_seconds": compiled,
     }
 
+  def take_part(self, part: str) -> dict[str, float]:
+    """`time/<part>` of one part since the last call; {} when it was not at work."""
+    return {f"time/{part}": self._seconds.pop(part)} if part in self._seconds else {}
+
 
 def peak_memory_gb() -> float:
   """Most memory in use since the start, GB: of the fullest device, on a CPU of this process."""

@@ -8,18 +8,21 @@ import json
 import math
 import os
 import pathlib
+import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from awf.config_io import load_object
-from awf.files import naming, write_atomic
-from awf.types import Rollout, UserError
+import numpy as np
 
-Metric = Callable[[Sequence[Rollout]], Any]  # gives {name: number}; checked at each call
+from awf.files import naming, write_atomic
+
 Level = Literal["batch", "epoch"]
 TIMING_PREFIXES = ("perf/", "time/")  # wall-clock values: never in metrics.jsonl or metrics.csv
+EPOCH_PREFIX = "epoch/"  # of TensorBoard's tags whose step is an epoch's number
 _KEYS = ("level", "epoch", "step")  # of every row; the rest are metrics
+_EVENT_FILES = "events.out.tfevents.*"
+_BINS = 20  # of a histogram
 
 
 class MetricsLogger:
@@ -50,7 +53,7 @@ class MetricsLogger:
     self._replace(self._timings, _lines(read_rows(self._timings)))
     self._columns: list[str] = []
     self._write_csv()
-    self._writer: Any = None
+    self._events: _EventFile | None = None
 
   @property
   def rows(self) -> list[dict[str, Any]]:
@@ -85,8 +88,8 @@ class MetricsLogger:
     """
     if self._rows and step < self._rows[-1]["step"]:
       raise ValueError(f"expected step >= {self._rows[-1]['step']}, got {step}: truncate() first")
-    values = {name: _number(name, value) for name, value in results.items()}
-    clock = {name: _number(name, value) for name, value in (timings or {}).items()}
+    values = {name: number_of(name, value) for name, value in results.items()}
+    clock = {name: number_of(name, value) for name, value in (timings or {}).items()}
     clock |= {name: values.pop(name) for name in list(values) if name.startswith(TIMING_PREFIXES)}
     head = {"level": level, "epoch": int(epoch), "step": int(step)}
     if values or not clock:
@@ -107,7 +110,7 @@ class MetricsLogger:
     for name in sorted({name for row in batches for name in row} - set(_KEYS)):
       values = [row[name] for row in batches if row.get(name) is not None]
       means[name] = math.fsum(values) / len(values) if values else None
-    means |= {name: _number(name, value) for name, value in (extra or {}).items()}
+    means |= {name: number_of(name, value) for name, value in (extra or {}).items()}
     self.log(step, means, epoch=epoch, level="epoch")
     return means
 
@@ -128,13 +131,42 @@ class MetricsLogger:
     timings = [row for row in read_rows(self._timings) if row["step"] <= step]
     self._replace(self._timings, _lines(timings))
     self._write_csv()
-    self._close_writer()
-    self._open_writer(purge_step=step + 1)
+    self.close()
+    if self._tensorboard:
+      epochs = {row["epoch"] for row in kept if row["level"] == "epoch"}
+      _drop_events(self.path / "tb", step, epochs)
     return dropped
 
+  def log_text(self, tag: str, step: int, text: str) -> None:
+    """A text for TensorBoard, which reads it as Markdown. A tag `epoch/...` counts epochs."""
+    self._add_event(tag, step, lambda: _text_value(text))
+
+  def log_histogram(self, tag: str, step: int, values: Sequence[float]) -> None:
+    """A histogram for TensorBoard; values that are not finite are left out."""
+    finite = [value for value in values if math.isfinite(value)]
+    if finite:
+      self._add_event(tag, step, lambda: _histogram_value(np.asarray(finite, np.float64)))
+
+  def log_image(self, tag: str, step: int, png: bytes, width: int, height: int) -> None:
+    """An image for TensorBoard: a PNG of three colours."""
+    self._add_event(tag, step, lambda: _image_value(png, width, height))
+
+  def log_hparams(
+    self, values: Mapping[str, str | bool | int | float], tags: Iterable[str]
+  ) -> None:
+    """What TensorBoard compares runs by: fields of the config, and the tags to compare."""
+    if self._tensorboard:
+      from tensorboardX.summary import hparams
+
+      for summary in hparams(dict(values), dict.fromkeys(tags, 0.0))[:2]:
+        value = summary.value[0]
+        self._add_event(value.tag, 0, lambda value=value: {"metadata": value.metadata})
+
   def close(self) -> None:
-    """Flushes and closes the event file; the other files are complete after every `log`."""
-    self._close_writer()
+    """Closes the event file; all files are complete after every call."""
+    if self._events is not None:
+      self._events.close()
+      self._events = None
 
   def __enter__(self) -> MetricsLogger:
     return self
@@ -168,75 +200,119 @@ class MetricsLogger:
   def _log_tensorboard(
     self, level: Level, epoch: int, step: int, values: Mapping[str, float | None]
   ) -> None:
-    if self._writer is None:
-      self._open_writer()
-    if self._writer is None:
-      return
-    prefix, x = ("epoch/", epoch) if level == "epoch" else ("", step)
-    for name, value in values.items():
-      if value is not None:
-        self._writer.add_scalar(prefix + name, value, x, walltime=time.time())
-    self._writer.flush()
+    prefix, x = (EPOCH_PREFIX, epoch) if level == "epoch" else ("", step)
+    known = {name: value for name, value in values.items() if value is not None}
+    if self._tensorboard and known:
+      for name, value in known.items():
+        self._event_file().add(prefix + name, x, simple_value=value)
+      self._event_file().flush()
 
-  def _open_writer(self, purge_step: int | None = None) -> None:
-    if not self._tensorboard:
-      return
-    from tensorboardX import SummaryWriter
+  def _add_event(self, tag: str, step: int, make: Callable[[], dict[str, Any]]) -> None:
+    if self._tensorboard:
+      self._event_file().add(tag, step, **make())
+      self._event_file().flush()
 
-    # purge_step makes TensorBoard hide what an interrupted run wrote past its checkpoint.
-    self._writer = SummaryWriter(str(self.path / "tb"), purge_step=purge_step)
-
-  def _close_writer(self) -> None:
-    if self._writer is not None:
-      self._writer.close()
-      self._writer = None
+  def _event_file(self) -> _EventFile:
+    if self._events is None:
+      self._events = _EventFile(self.path / "tb")
+    return self._events
 
 
-class OwnMetrics:
-  """The functions that `config.metrics` names; each says something about a round's rollouts.
+class _EventFile:
+  """A file of TensorBoard: records of `Event` messages, one value each. No thread, no queue.
 
-  Args:
-    names: "package.module:function"; a function maps rollouts to {name: number}.
-
-  Raises:
-    UserError: a name that cannot be imported, or that is no function.
+  tensorboardX's own writer puts "_" for signs such as the "@" of pass@k, and takes the name of a
+  file that was begun in the same second.
   """
 
-  def __init__(self, names: Iterable[str]):
-    self._functions: dict[str, Metric] = {}
-    for name in names:
-      found = load_object(name, "config.metrics")
-      if not callable(found):
-        raise UserError(f"config.metrics: {name}: expected a function, got {found!r:.60}")
-      self._functions[name] = found
+  def __init__(self, folder: pathlib.Path):
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboardX.record_writer import RecordWriter
 
-  def __call__(
-    self, rollouts: Sequence[Rollout], taken: Collection[str]
-  ) -> dict[str, float | None]:
-    """The metrics of a round.
+    folder.mkdir(parents=True, exist_ok=True)
+    name = _EVENT_FILES.replace("*", f"{int(time.time())}.{socket.gethostname()}")
+    number = 0
+    while (path := folder / f"{name}.{number:04d}").exists():
+      number += 1
+    self._path = path
+    self._make, self._writer = Event, RecordWriter(str(path))
+    self.add_whole(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
-    Args:
-      rollouts: all of the round, whether or not they gave a gradient.
-      taken: names that the round's row has already.
+  def add(self, tag: str, step: int, **value: Any) -> None:
+    event = self._make(wall_time=time.time(), step=step)
+    event.summary.value.add(tag=tag, **value)
+    self.add_whole(event)
 
-    Raises:
-      UserError: a function that gives anything but names with numbers, or a name that is taken.
-    """
-    found: dict[str, float | None] = {}
-    for function, metric in self._functions.items():
-      values = metric(rollouts)
-      if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
-        raise UserError(
-          f"config.metrics: {function}: expected {{name: number}}, got {values!r:.60}"
-        )
-      for name, value in values.items():
-        if name in taken or name in found:
-          raise UserError(f"config.metrics: {function}: the name {name!r} is taken; choose another")
-        try:
-          found[name] = _number(name, value)
-        except ValueError as error:
-          raise UserError(f"config.metrics: {function}: {error}") from error
-    return found
+  def add_whole(self, event: Any) -> None:
+    with naming(self._path):
+      self._writer.write(event.SerializeToString())
+
+  def flush(self) -> None:
+    with naming(self._path):
+      self._writer.flush()
+
+  def close(self) -> None:
+    self.flush()
+    self._writer.close()
+
+
+def _drop_events(folder: pathlib.Path, step: int, epochs: set[int]) -> None:
+  """Takes away what an interrupted run wrote past its checkpoint: one file of the rest is left."""
+  files = sorted(folder.glob(_EVENT_FILES))
+  events = [event for file in files for event in read_events(file)]
+  kept = {}
+  for event in events:
+    tag = event.summary.value[0].tag
+    if event.step in epochs if tag.startswith(EPOCH_PREFIX) else event.step <= step:
+      kept[tag, event.step] = event
+  if len(kept) == len(events):
+    return
+  if kept:
+    rest = _EventFile(folder)
+    for event in kept.values():
+      rest.add_whole(event)
+    rest.close()
+  for file in files:
+    file.unlink()
+
+
+def read_events(path: pathlib.Path) -> Iterator[Any]:
+  """The `Event` messages of a file that hold a value; what a crash cut off ends them."""
+  from google.protobuf.message import DecodeError
+  from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+  data, at = path.read_bytes(), 0
+  while at + 16 <= len(data):
+    size = int.from_bytes(data[at : at + 8], "little")
+    if at + 16 + size > len(data):
+      return
+    try:
+      event = Event.FromString(data[at + 12 : at + 12 + size])
+    except DecodeError:
+      return
+    if event.summary.value:
+      yield event
+    at += 16 + size
+
+
+def _text_value(text: str) -> dict[str, Any]:
+  from tensorboardX.summary import text as summary
+
+  (value,) = summary("", text).value
+  return {"metadata": value.metadata, "tensor": value.tensor}
+
+
+def _histogram_value(values: np.ndarray) -> dict[str, Any]:
+  from tensorboardX.summary import make_histogram
+
+  return {"histo": make_histogram(values, _BINS)}
+
+
+def _image_value(png: bytes, width: int, height: int) -> dict[str, Any]:
+  from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+  size = {"width": width, "height": height, "colorspace": 3}
+  return {"image": Summary.Image(encoded_image_string=png, **size)}
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -281,9 +357,16 @@ def _table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
   return out.getvalue()
 
 
-def _number(name: str, value: Any) -> float | None:
-  if name in _KEYS or not name:
-    raise ValueError(f"expected a metric name other than {_KEYS}, got {name!r}")
+def number_of(name: str, value: Any) -> float | None:
+  """The metric's value as a finite number, or None for NaN, an infinity and None.
+
+  Raises:
+    ValueError: a name that rows use themselves, or a value that is no number.
+  """
+  if name in _KEYS or not name or name.startswith(EPOCH_PREFIX):
+    raise ValueError(
+      f"expected a metric name other than {_KEYS} and {EPOCH_PREFIX}..., got {name!r}"
+    )
   if value is None:
     return None
   try:

@@ -318,6 +318,16 @@ class System:
         totals[name] = totals.get(name, 0) + value
     return totals
 
+  def counters(self) -> dict[str, Any]:
+    """What sandbox, workflows and sampler of this process did since the start, for the report."""
+    sandbox = {"layers": self.sandbox.probe.layers, **self.sandbox.stats()}
+    sandbox.pop("zygote_pid")
+    return {
+      "sandbox": sandbox,
+      "workflows": self.executor_totals(),
+      "sampler": self.policy.engine.stats(),
+    }
+
   def state_dict(self) -> dict[str, Any]:
     """Results of the runners that hung on a clock, as JSON: a resumed run must not see others."""
     states = {str(repeat): runner.state_dict() for repeat, runner in self._runners.items()}

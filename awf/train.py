@@ -23,6 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from awf.backup import status_figures
+from awf.board import best_key, log_round, log_start, log_tree
 from awf.hosts import Cluster
 from awf.interrupt import Interrupted, StopRequest
 from awf.progress import Progress
@@ -57,8 +58,10 @@ class Loop:
 
   def __init__(self, system: System, trains: bool):
     from awf.checkpoint import Checkpointer
-    from awf.metrics import MetricsLogger, OwnMetrics
+    from awf.metrics import MetricsLogger
+    from awf.own_metrics import OwnMetrics
     from awf.qwen import hf
+    from awf.report_live import LiveReport
 
     self.system, self.config, self.trains = system, system.config, trains
     self.workdir, self.hosts = system.workdir, system.hosts
@@ -74,6 +77,8 @@ class Loop:
       base_hash=hf.base_hash(system.policy.params),
     )
     self.trainer = system.make_trainer(self.total_rounds) if trains else None
+    used = (*system.held_out, *system.search_problems)
+    self.report = LiveReport(self.workdir.path, used, self.hosts.is_writer)
     self.search = None
     self._finished: dict[str, Any] | None = None  # the last search, for more rounds of it
     self._saved = -1  # number of the newest checkpoint
@@ -185,6 +190,7 @@ class Loop:
     if p.episode % t.episodes == 0:
       extra = {"checkpoint_quality": p.beaten, "avg_pass_at_k": self._mean_pass_at_k(epoch)}
       self.metrics.log_epoch(epoch, p.step, extra)
+      log_tree(self.metrics, epoch, search)
     self.search = None
     self._save()
 
@@ -195,7 +201,7 @@ class Loop:
 
   async def _round(self, search, epoch: int) -> None:
     p, started = self.progress, time.perf_counter()
-    before = self._totals()
+    before, best_before = self._totals(), best_key(search)
     self.system.gauges.restart()
     result = await search.round()
     searched = time.perf_counter()
@@ -224,12 +230,20 @@ class Loop:
     results = {**result.metrics, **update, "checkpoint_quality": quality}
     results |= self.own_metrics(result.rollouts, results)
     self.metrics.log(p.step, results, timings, epoch=epoch)
+    log_round(self.metrics, p.step, result.records, search, best_before)
     if p.step % self.config.train.checkpoint_every == 0 or p.is_stopped:
       self._save()
     self._shown.advance(best=best.score, nodes=len(search.tree.nodes), updates=p.updates)
     # A row of its own: the checkpoint covers the round's.
-    self.metrics.log(p.step, {}, self.system.gauges.take(), epoch=epoch)
+    saved = self.system.gauges.take_part("checkpoint")
+    if saved:
+      self.metrics.log(p.step, {}, saved, epoch=epoch)
     self._say(p.step, results, timings, best.score)
+    self.report.update(self._parts)
+
+  def _parts(self) -> dict[str, Any]:
+    """Counters for the report; those of this process alone."""
+    return {"before": self.progress.before, **self.system.counters()}
 
   def _mean_pass_at_k(self, epoch: int) -> float:
     """Mean over an epoch's rounds of pass@k of the proposals, k being a whole group."""
@@ -365,13 +379,11 @@ class Loop:
     }
 
   def _close(self, summary: dict[str, Any]) -> None:
-    from awf.report import write_report
-
     self.metrics.close()
     self.checkpoints.close()
     if not self.hosts.is_writer:
       return
-    write_report(self.workdir.path)
+    self.report.write(self._parts())
     for line in closing_lines(summary, self.workdir):
       log.info("%s", line)
 
@@ -385,6 +397,7 @@ class Loop:
     )
     if found is None:
       self.metrics.truncate(-1)
+      log_start(self.metrics, self.config)
       self._drop_trajectories()
       return
     self._saved, state, extra = found

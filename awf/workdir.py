@@ -2,7 +2,7 @@
 
 config.json    resolved config, mode, versions, devices, commit (written when the run starts)
 metrics.jsonl, metrics.csv, timings.jsonl, tb/, checkpoints/, workspace/, trajectories/,
-report.html, run.log
+report.html (with problems.json and parts.json, which it reads), run.log
 """
 
 from __future__ import annotations

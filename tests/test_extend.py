@@ -17,7 +17,7 @@ from awf import cli
 from awf.compare import offered_operators
 from awf.config import validate
 from awf.config_io import load_config, resolve_paths, set_field
-from awf.metrics import OwnMetrics
+from awf.own_metrics import OwnMetrics
 from awf.policy import make_policy
 from awf.qwen.tokenizer import load_tokenizer
 from awf.sampler.engine import Engine

@@ -47,6 +47,7 @@ def test_a_part_that_fails_counts_too():
   with pytest.raises(ZeroDivisionError), gauges.during("rollout"):
     now[0] = 2.0
     raise ZeroDivisionError
+  assert gauges.take_part("none") == {}
   assert gauges.take()["time/rollout"] == 2.0
 
 

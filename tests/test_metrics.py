@@ -7,11 +7,10 @@ import resource
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.record_writer import directory_check
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from awf.faults import explain
-from awf.metrics import MetricsLogger, read_rows
+from awf.metrics import MetricsLogger, read_events, read_rows
 from configs.base import base_config
 
 FILES = ("metrics.jsonl", "metrics.csv")
@@ -33,17 +32,16 @@ def run_steps(path, steps, crash_at=None):
 
 
 def events(path):
-  """(step, tag, value) of all scalars in event files, by their record format."""
-  directory_check(str(path))
-  found = []
-  for file in sorted(path.iterdir()):
-    data, at = file.read_bytes(), 0
-    while at < len(data):
-      size = int.from_bytes(data[at : at + 8], "little")
-      event = Event.FromString(data[at + 12 : at + 12 + size])
-      found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
-      at += 16 + size
-  return found
+  """All events of all files, in the order in which TensorBoard reads them."""
+  return [event for file in sorted(path.iterdir()) for event in read_events(file)]
+
+
+def scalars(path):
+  """(step, tag, value) of all scalars."""
+  return [
+    (e.step, v.tag, v.simple_value)
+    for e in events(path) for v in e.summary.value if v.HasField("simple_value")
+  ]  # fmt: skip
 
 
 def test_files_are_a_function_of_what_was_logged(tmp_path):
@@ -115,7 +113,7 @@ def test_scalars_of_any_kind_and_no_other(tmp_path):
     assert json.loads(text) == {
       "level": "batch", "epoch": 0, "step": 0, "a": 2.0, "b": 3.0, "c": 1.0, "d": None, "e": None,
     }  # fmt: skip
-    for bad in ({"a": "word"}, {"a": [1, 2]}, {"step": 1}, {"": 1}):
+    for bad in ({"a": "word"}, {"a": [1, 2]}, {"step": 1}, {"": 1}, {"epoch/a": 1}):
       with pytest.raises(ValueError, match="expected"):
         metrics.log(1, bad)
     with pytest.raises(ValueError, match="expected step >= 0"):
@@ -123,15 +121,89 @@ def test_scalars_of_any_kind_and_no_other(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
-def test_tensorboard_has_both_levels_and_timings(tmp_path):
+def test_tensorboard_has_both_levels_and_timings_under_their_own_names(tmp_path):
   with MetricsLogger(tmp_path) as metrics:
-    metrics.log(3, {"reward": 0.5, "none": None}, {"time/step": 2.0})
+    metrics.log(3, {"reward": 0.5, "mcts/pass@4": 0.25, "none": None}, {"time/step": 2.0})
     metrics.log_epoch(1, 3, {"avg_pass_at_k": 0.25})
-  assert set(events(tmp_path / "tb")) == {
+    assert len(scalars(tmp_path / "tb")) == 4  # on disk at once
+  assert sorted(scalars(tmp_path / "tb")) == [
+    (1, "epoch/avg_pass_at_k", 0.25),
+    (3, "mcts/pass@4", 0.25),
     (3, "reward", 0.5),
     (3, "time/step", 2.0),
-    (1, "epoch/avg_pass_at_k", 0.25),
-  }
+  ]
+
+
+def board_run(path, steps):
+  """Two rounds an epoch, with all that TensorBoard gets."""
+  with MetricsLogger(path) as metrics:
+    if steps[0] == 1:
+      metrics.log_hparams({"seed": 7, "task.name": "nano", "strict": True}, ["reward"])
+    for step in steps:
+      epoch = (step - 1) // 2
+      metrics.log(step, {"reward": step / 4}, {"time/step": 1.0}, epoch=epoch)
+      metrics.log_text("workflow/best", step, f"<b>{step}</b>")
+      metrics.log_histogram("rewards/by_stage/full", step, [0.25, 0.5, float("nan"), 0.5 + step])
+      yield metrics
+      if step % 2 == 0:
+        metrics.log_epoch(epoch, step)
+        metrics.log_image("epoch/search_tree", epoch, b"PNG %d" % epoch, 3, 2)
+      yield metrics
+
+
+def shown(path):
+  """What TensorBoard shows: every (tag, step) with its value, times of day apart."""
+  return [(e.step, v.SerializeToString()) for e in events(path / "tb") for v in e.summary.value]
+
+
+@pytest.mark.parametrize("half_steps", [1, 3, 4, 5, 7])
+def test_no_row_of_tensorboard_stands_twice_after_a_resume(tmp_path, half_steps):
+  """Killed half-way through a round or after its end, then resumed from the round before."""
+  list(board_run(tmp_path / "whole", range(1, 5)))
+  run = board_run(tmp_path / "cut", range(1, 5))
+  for _ in range(half_steps):
+    metrics = next(run)
+  (file,) = (tmp_path / "cut" / "tb").iterdir()
+  file.write_bytes(file.read_bytes()[:-3])  # the last record is cut off
+  checkpoint = max(0, (half_steps - 1) // 2)
+  covered = sum(row["step"] <= checkpoint for row in metrics.rows)
+  if not checkpoint:
+    covered, checkpoint = 0, -1
+  with MetricsLogger(tmp_path / "cut") as resumed:
+    resumed.truncate(checkpoint, covered)
+  list(board_run(tmp_path / "cut", range(max(1, checkpoint + 1), 5)))
+  whole, cut = shown(tmp_path / "whole"), shown(tmp_path / "cut")
+  assert sorted(cut) == sorted(whole)
+  tags = [(e.step, v.tag) for e in events(tmp_path / "cut" / "tb") for v in e.summary.value]
+  assert len(set(tags)) == len(tags)
+
+
+def test_what_tensorboard_gets_beside_curves_reads_back(tmp_path):
+  list(board_run(tmp_path, range(1, 3)))
+  found = {(v.tag, e.step): v for e in events(tmp_path / "tb") for v in e.summary.value}
+  text = found["workflow/best", 2]
+  assert (
+    text.tensor.string_val[0] == b"<b>2</b>" and text.metadata.plugin_data.plugin_name == "text"
+  )
+  histogram = found["rewards/by_stage/full", 1].histo
+  assert histogram.num == 3 and histogram.min == 0.25 and histogram.max == 1.5
+  assert sum(histogram.bucket) == 3
+  image = found["epoch/search_tree", 0].image
+  assert image.encoded_image_string == b"PNG 0" and (image.width, image.height) == (3, 2)
+  start = HParamsPluginData.FromString(
+    found["_hparams_/session_start_info", 0].metadata.plugin_data.content
+  )
+  fields = start.session_start_info.hparams
+  assert fields["seed"].number_value == 7 and fields["task.name"].string_value == "nano"
+  assert fields["strict"].bool_value is True
+  assert ("_hparams_/experiment", 0) in found
+
+
+def test_files_of_one_second_do_not_take_each_other_s_place(tmp_path):
+  for step in range(3):
+    with MetricsLogger(tmp_path) as metrics:
+      metrics.log(step, {"reward": step})
+  assert scalars(tmp_path / "tb") == [(0, "reward", 0.0), (1, "reward", 1.0), (2, "reward", 2.0)]
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):

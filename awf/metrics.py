@@ -17,7 +17,7 @@ from awf.files import naming, write_atomic
 from awf.types import Rollout, UserError
 
 Metric = Callable[[Sequence[Rollout]], Any]  # gives {name: number}; checked at each call
-Level = Literal["batch", "epoch"]
+Level = Literal["batch", "search", "epoch"]
 TIMING_PREFIXES = ("perf/", "time/")  # wall-clock values: never in metrics.jsonl or metrics.csv
 _KEYS = ("level", "epoch", "step")  # of every row; the rest are metrics
 
@@ -77,7 +77,8 @@ class MetricsLogger:
       results: name -> number (Python, NumPy or JAX scalar); NaN and infinities are stored as null.
       timings: name -> number that depends on the machine: seconds, throughput, memory.
       epoch: of the training loop.
-      level: "batch", or "epoch" for an aggregate.
+      level: "batch", "search" for what one search of a problem came to, or "epoch" for an
+        aggregate.
 
     Raises:
       ValueError: a name that rows use themselves, a value that is no number, a step that is too
@@ -172,7 +173,8 @@ class MetricsLogger:
       self._open_writer()
     if self._writer is None:
       return
-    prefix, x = ("epoch/", epoch) if level == "epoch" else ("", step)
+    prefix = "" if level == "batch" else f"{level}/"
+    x = epoch if level == "epoch" else step
     for name, value in values.items():
       if value is not None:
         self._writer.add_scalar(prefix + name, value, x, walltime=time.time())

@@ -24,6 +24,7 @@ from awf.snapshot import STATUS
 from awf.types import UserError
 
 MAX_FILE_BYTES = 200 << 20
+MAX_SEARCHES = 8  # of single problems that are shown
 MAX_DRAWN = 300  # nodes of a drawing
 MAX_LISTED = 60  # rows of a list
 # Shown first, in this order; every other metric follows behind a fold.
@@ -102,14 +103,15 @@ def read_run(path: pathlib.Path) -> Run:
   run.backup = _object(path / STATUS, run)
   run.metrics = _rows(path / "metrics.jsonl", run)
   run.timings = _rows(path / "timings.jsonl", run)
-  for journal in sorted(path.glob("workspace/*/journal.jsonl")):
+  for journal in _journals(path):
     try:
       tree = replay(_rows(journal, run))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       run.faults.append(f"{journal.name} of {journal.parent.name}: {type(error).__name__}: {error}")
       continue
     if tree.nodes:
-      run.trees[journal.parent.name] = tree
+      name = journal.parent.name
+      run.trees[name if len(journal.relative_to(path).parts) == 3 else journal.parts[-3]] = tree
   for results in sorted(path.glob("workspace/*/workflows/results.json")):
     if (name := results.parts[-3]) not in run.trees:
       run.scores[name] = _round_scores(results, run)
@@ -117,6 +119,12 @@ def read_run(path: pathlib.Path) -> Run:
     with open(file, "rb") as lines:
       run.trajectories[file.name] = sum(1 for line in lines if line.strip())
   return run
+
+
+def _journals(path: pathlib.Path) -> list[pathlib.Path]:
+  """Of the search over the data set, or of the first searches over single problems."""
+  found = sorted(path.glob("workspace/*/journal.jsonl"))
+  return found or sorted(path.glob("workspace/*/*/journal.jsonl"))[:MAX_SEARCHES]
 
 
 def _object(path: pathlib.Path, run: Run) -> dict[str, Any]:
@@ -279,7 +287,11 @@ def _series(rows: list[dict[str, Any]]) -> dict[str, list[tuple[float, float | N
   out: dict[str, list[tuple[float, float | None]]] = {}
   for row in rows:
     step = row.get("step")
-    if row.get("level") == "epoch" or isinstance(step, bool) or not isinstance(step, int | float):
+    if (
+      row.get("level") in ("search", "epoch")
+      or isinstance(step, bool)
+      or not isinstance(step, int | float)
+    ):
       continue
     for name, value in row.items():
       if name in ("step", "epoch", "level"):

@@ -49,7 +49,8 @@ def test_each_problem_has_a_search_of_its_own(whole):
   searches = sorted(path.name for path in (folder / "workspace").iterdir())
   assert [name[:6] for name in searches] == ["00001_", "00002_", "00003_", "00004_"]
   for name in searches:
-    events = map(json.loads, open(folder / "workspace" / name / "NANO" / "journal.jsonl"))
+    journal = folder / "workspace" / name / "NANO" / "journal.jsonl"
+    events = map(json.loads, journal.read_text().splitlines())
     nodes = [e["node"] for e in events if e["event"] == "add"]
     seed, id = nodes[0], name[6:]
     assert set(seed["scores"]) == {f"{id}#{i}" for i in (1, 2, 3)}

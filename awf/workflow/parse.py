@@ -11,7 +11,8 @@ from awf.types import FailureKind
 from awf.workflow.contract import MAX_PROMPT_CHARS
 
 MAX_DEPTH = 80
-MAX_NODES = 6_000
+MAX_NODES = 2_000  # a check takes some 10 microseconds a node; AFlow's best have a few hundred
+MAX_CONSTANT = 64_000  # characters and members of a prompt constant, those it refers to included
 MESSAGE_CHARS = 300
 
 _XML_LINE = re.compile(r"^\s*</?[A-Za-z][\w-]*(?:\s[^<>]*)?/?>\s*$")
@@ -118,6 +119,7 @@ def prompt_constants(text: str) -> dict[str, Any]:
     SourceError: kind "format", when the module holds anything but assignments of such constants.
   """
   constants: dict[str, Any] = {}
+  sizes: dict[str, int] = {}
   for node in parse_text(text, "prompt", MAX_PROMPT_CHARS).body:
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
       continue
@@ -131,11 +133,25 @@ def prompt_constants(text: str) -> dict[str, Any]:
         f"the prompt has a statement in line {node.lineno} that is not NAME = text: only string"
         " constants are allowed",
       )
+    size = _size(value, sizes)
+    if size > MAX_CONSTANT:  # before it is made: NAME = A + A doubles with every line
+      raise SourceError("format", f"the prompt has a value that is too large in line {node.lineno}")
     for target in targets:
       if not isinstance(target, ast.Name):
         raise SourceError("format", f"the prompt assigns to no plain name in line {node.lineno}")
       constants[target.id] = _value(value, constants)
+      sizes[target.id] = size
   return constants
+
+
+def _size(node: ast.expr, sizes: dict[str, int]) -> int:
+  """No less than the characters and members of the value of a constant expression."""
+  size = 0
+  for one in ast.walk(node):
+    text = one.value if isinstance(one, ast.Constant) else ""
+    size += 1 + (len(text) if isinstance(text, str) else 0)
+    size += sizes.get(one.id, 0) if isinstance(one, ast.Name) else 0
+  return size
 
 
 def _value(node: ast.expr, known: dict[str, Any]) -> Any:

@@ -273,7 +273,9 @@ def interpreter(user: int) -> str:
     RuntimeError: there is none, so that this user cannot be simulated.
   """
   code = "import sys; sys.exit(sys.version_info < (3, 11))"
-  as_user = {} if user == os.getuid() else {"user": user, "group": user, "extra_groups": []}
+  as_user: dict[str, Any] = {}
+  if user != os.getuid():
+    as_user = {"user": user, "group": user, "extra_groups": []}
   for path in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
     try:
       done = subprocess.run([path, "-c", code], capture_output=True, cwd="/", **as_user)

@@ -6,14 +6,11 @@ import statistics
 
 import pytest
 from kill_run import Run
-from search_world import PROBLEMS
 from small_run import differences, small
 from test_train import run
 
 from awf.config import validate
 from awf.config_io import load_config
-from awf.scope import draws_of
-from awf.search.curriculum import episode_problems
 from awf.types import UserError
 
 CHANGES = {
@@ -87,37 +84,6 @@ def test_a_run_that_is_killed_amid_a_problem_ends_with_the_same_bytes(whole, tmp
   assert life.interrupt("manifest", random.Random(1)) != "end"
   again = run(small(1, **CHANGES), life.folder)
   assert again["searches"] == 4 and differences(life.folder, whole[0]) == []
-
-
-def choose(order, rates, start, count=2, progress=0.0, share=0.5):
-  chosen = episode_problems(
-    PROBLEMS, rates, order, share, progress, range(start, start + count),
-    lambda *what: random.Random(repr(what)),
-  )  # fmt: skip
-  return [p.id for p in chosen]
-
-
-def test_without_a_curriculum_every_problem_comes_once_a_turn():
-  turn = [id for start in range(0, 12, 3) for id in choose("none", {}, start, 3)]
-  assert sorted(turn) == sorted(p.id for p in PROBLEMS) and turn != [p.id for p in PROBLEMS]
-  second = choose("none", {}, 12, 12)
-  assert sorted(second) == sorted(turn) and second != turn
-  assert choose("none", {}, 10, 4) == [*turn[10:], *second[:2]]
-
-
-def test_a_curriculum_orders_the_episodes_problems_by_their_solve_rates():
-  rates = {p.id: i / 12 for i, p in enumerate(PROBLEMS)}
-  ids = [p.id for p in PROBLEMS]
-  easy, hard = (choose(order, rates, 0, 4) for order in ("easy_first", "hard_first"))
-  assert set(easy) <= set(ids[6:]) and easy == sorted(easy, key=ids.index, reverse=True)
-  assert set(hard) <= set(ids[:6]) and hard == sorted(hard, key=ids.index)
-  assert choose("easy_first", rates, 0, 12, progress=1.0) == ids[::-1]
-
-
-def test_draws_are_the_same_question_under_other_names():
-  first, second = draws_of(PROBLEMS[0], 2)
-  assert (first.id, second.id) == ("p1#1", "p1#2")
-  assert first.prompt == second.prompt and first.answer == second.answer
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,25 @@ def test_a_reply_keeps_what_stands_in_its_last_complete_elements():
   assert parse_reply(half).source.graph.startswith("```python")
 
 
+@pytest.mark.parametrize(
+  "text",
+  ["SOLVE_PROMPT = 0x{f}", "x = 0b{one}", "x = self.custom(input=problem)[0x{f}]"],
+)
+def test_integers_that_python_does_not_write_are_refused(text):
+  line = text.format(f="f" * 4_000, one="1" * 15_000)
+  graph = SEED.graph.replace("        return ", f"        {line}\n        return ", 1)
+  sources = [WorkflowSource(graph, ""), WorkflowSource(SEED.graph, line)]
+  for source in sources[: 2 if "self" not in text else 1]:
+    failure = static_check(source, ALL_OPERATORS, False)
+    assert failure is not None and "integer of too many digits" in failure.message
+
+
+def test_a_text_of_symbols_is_refused_before_it_is_parsed():
+  for text in ("[" + "1," * 7_000 + "]", "f'" + "{x}" * 5_000 + "'", "''" * 7_000):
+    failure = static_check(WorkflowSource(SEED.graph, f"A = {text}"), ALL_OPERATORS, False)
+    assert failure is not None and "more than 4000 symbols" in failure.message
+
+
 def test_a_reply_without_end_is_refused():
   failure = parse_reply("<graph>" * MAX_REPLY_CHARS)
   assert isinstance(failure, Failure) and "characters, at most 64000" in failure.message

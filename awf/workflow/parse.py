@@ -12,10 +12,13 @@ from awf.workflow.contract import MAX_PROMPT_CHARS
 
 MAX_DEPTH = 80
 MAX_NODES = 2_000  # a check takes some 10 microseconds a node; AFlow's best have a few hundred
+MAX_SYMBOLS = 4_000  # characters that are no letter, digit or blank: what parsing costs
+MAX_BITS = 4_096  # of an integer; Python refuses to write those of more than 4,300 digits
 MAX_CONSTANT = 64_000  # characters and members of a prompt constant, those it refers to included
 MESSAGE_CHARS = 300
 
 _XML_LINE = re.compile(r"^\s*</?[A-Za-z][\w-]*(?:\s[^<>]*)?/?>\s*$")
+_PLAIN = re.compile(r"[\w\s]+")
 _STRIP_METHODS = ("strip", "lstrip", "rstrip")
 
 
@@ -50,6 +53,8 @@ def parse_text(text: str, what: str, max_chars: int) -> ast.Module:
     raise SourceError(
       "format", f"the {what} has {len(text)} characters, at most {max_chars} are allowed"
     )
+  if len(_PLAIN.sub("", text)) > MAX_SYMBOLS:
+    raise SourceError("format", f"the {what} has more than {MAX_SYMBOLS} symbols: make it simpler")
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # such as an invalid escape in a string: not an error
@@ -61,7 +66,7 @@ def parse_text(text: str, what: str, max_chars: int) -> ast.Module:
 
 
 def check_size(tree: ast.AST, what: str) -> None:
-  """Caps depth and number of nodes, without recursion.
+  """Caps depth, number of nodes and integers, without recursion.
 
   Raises:
     SourceError: kind "format".
@@ -79,6 +84,9 @@ def check_size(tree: ast.AST, what: str) -> None:
       raise SourceError(
         "format", f"the {what} has more than {MAX_NODES} syntax nodes: make it simpler"
       )
+    constants = (node.value for node in level if isinstance(node, ast.Constant))
+    if any(isinstance(value, int) and value.bit_length() > MAX_BITS for value in constants):
+      raise SourceError("format", f"the {what} has an integer of too many digits")
     level = [child for node in level for child in ast.iter_child_nodes(node)]
 
 

@@ -30,7 +30,7 @@ from awf.search.propose import Edit, modification_of, parse_reply  # noqa: E402
 from awf.search.stages import key_of  # noqa: E402
 from awf.search.text import neutralise, one_line  # noqa: E402
 from awf.types import Failure, WorkflowSource  # noqa: E402
-from awf.workflow.contract import ALL_OPERATORS, seed_source  # noqa: E402
+from awf.workflow.contract import OPERATORS, seed_source  # noqa: E402
 from awf.workflow.static import static_check  # noqa: E402
 
 LIMIT = 0.050  # seconds of processor time for one input
@@ -46,7 +46,7 @@ def read(text: str) -> str:
     one_line(edit.message)
     return "format"
   assert isinstance(edit, Edit)
-  failure = static_check(edit.source, ALL_OPERATORS, False)
+  failure = static_check(edit.source, tuple(OPERATORS), False)
   if failure is not None:
     assert failure.kind in ("format", "policy") and "\n" not in failure.message
     return "static"

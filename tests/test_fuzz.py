@@ -6,7 +6,7 @@ from fuzz_proposals import Fuzzer, fuzz, read, reply
 from awf.search.propose import MAX_REPLY_CHARS, parse_reply
 from awf.search.text import excerpt, one_line
 from awf.types import Failure, WorkflowSource
-from awf.workflow.contract import ALL_OPERATORS, seed_source
+from awf.workflow.contract import OPERATORS, seed_source
 from awf.workflow.parse import MAX_CONSTANT, SourceError, prompt_constants
 from awf.workflow.static import static_check
 
@@ -40,7 +40,7 @@ def test_constants_that_double_with_every_line_are_refused_before_they_are_made(
   with pytest.raises(SourceError, match="too large in line 1[0-9]"):
     prompt_constants("\n".join(["A0 = 'x'", *lines]))
   small = "\n".join(["A0 = 'x'", *lines[:5]])
-  assert static_check(WorkflowSource(SEED.graph, small), ALL_OPERATORS, False) is None
+  assert static_check(WorkflowSource(SEED.graph, small), tuple(OPERATORS), False) is None
   longest = f"A = '{'x' * 15_000}'\nB = A + A + A"
   assert len(prompt_constants(longest)["B"]) == 45_000 < MAX_CONSTANT
 
@@ -67,13 +67,13 @@ def test_integers_that_python_does_not_write_are_refused(text):
   graph = SEED.graph.replace("        return ", f"        {line}\n        return ", 1)
   sources = [WorkflowSource(graph, ""), WorkflowSource(SEED.graph, line)]
   for source in sources[: 2 if "self" not in text else 1]:
-    failure = static_check(source, ALL_OPERATORS, False)
+    failure = static_check(source, tuple(OPERATORS), False)
     assert failure is not None and "integer of too many digits" in failure.message
 
 
 def test_a_text_of_symbols_is_refused_before_it_is_parsed():
   for text in ("[" + "1," * 7_000 + "]", "f'" + "{x}" * 5_000 + "'", "''" * 7_000):
-    failure = static_check(WorkflowSource(SEED.graph, f"A = {text}"), ALL_OPERATORS, False)
+    failure = static_check(WorkflowSource(SEED.graph, f"A = {text}"), tuple(OPERATORS), False)
     assert failure is not None and "more than 4000 symbols" in failure.message
 
 

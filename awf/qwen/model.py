@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from awf.qwen.adapted import adapted_matmul
 from awf.qwen.config import QwenConfig, Yarn
@@ -272,7 +273,7 @@ class Qwen(nn.Module):
     x = Embed(c.vocab_size, c.hidden_size, dtype, name="embed")(tokens_BT)
     if not c.tie_word_embeddings:
       _HeadWeights(c.vocab_size, name="lm_head")(c.hidden_size)
-    if self.remat or self.is_initializing() or not isinstance(x, jax.core.Tracer):
+    if self.remat or self.is_initializing() or not isinstance(x, Tracer):
       apply_block = self._apply_block
     else:
       apply_block = self._traced_once()

@@ -196,20 +196,21 @@ def _prompt_part(
   """
   b, k, g, h = q_BKGH.shape
   carry = _nothing((b, k, g), h)
-  for name, size, *groups in (
-    ("share_groups", at_once[0], sharing.rows_AM, sharing.prompt_A, sharing.num_groups),
-    ("lone_rows", at_once[1], sharing.row_L[:, None], sharing.prompt_L, sharing.num_lone),
+  shared = sharing.rows_AM, sharing.prompt_A, sharing.num_groups
+  alone = sharing.row_L[:, None], sharing.prompt_L, sharing.num_lone
+  for name, size, groups in (
+    ("share_groups", at_once[0], shared),
+    ("lone_rows", at_once[1], alone),
   ):
     if size:
       with jax.named_scope(name):
-        carry = _group_part(q_BKGH, keys, values, sharing, size, unrolled, *groups, carry)
+        carry = _group_part(q_BKGH, keys, values, sharing, size, unrolled, groups, carry)
   return carry
 
 
-def _group_part(
-  q_BKGH, keys, values, sharing, at_once, unrolled, rows_AM, prompt_A, num_groups, carry
-) -> _Carry:
-  """`carry` with the rows of some groups put in."""
+def _group_part(q_BKGH, keys, values, sharing, at_once, unrolled, groups, carry) -> _Carry:
+  """`carry` with the rows of `groups` put in: (rows_AM, prompt_A, how many of them)."""
+  rows_AM, prompt_A, num_groups = groups
   _, k, g, h = q_BKGH.shape
   width, m = values.shape[2], rows_AM.shape[1]
 

@@ -30,7 +30,7 @@ from awf.search.compact import compact_prompt
 from awf.search.stages import key_of
 from awf.search.tree import SEED, Node, Tree, add_event, replay
 from awf.types import Problem, UserError, WorkflowSource
-from awf.workflow.contract import ALL_OPERATORS, graph_header
+from awf.workflow.contract import OPERATORS, graph_header
 from awf.workflow.static import static_check
 
 log = logging.getLogger("awf")
@@ -296,7 +296,7 @@ class AFlowOptimizerWrapper:
     reader = adopt.Reader(self.path)
     events = []
     for node in reader.nodes(problems, self._seed):
-      is_valid = static_check(node.source, ALL_OPERATORS, self._kind == "code") is None
+      is_valid = static_check(node.source, tuple(OPERATORS), self._kind == "code") is None
       events.append(add_event(dataclasses.replace(node, canonical=_key(node, is_valid))))
     for file, content in reader.repairs.items():
       if content is None:

@@ -166,7 +166,7 @@ def test_the_banner_says_what_runs(tmp_path):
     rows = dict(line.split(maxsplit=1) for line in banner_lines(system))
     added = update_bytes(system)
     state = system.make_trainer(1).state
-  assert list(rows) == ["model", "chips", "training", "data", "sandbox", "memory"]
+  assert list(rows) == ["model", "training", "chips", "data", "sandbox", "memory"]
   assert "3.1M parameters" in rows["model"] and "mesh data 1" in rows["chips"]
   assert "286,720 parameters, 9.358 %" in rows["training"] and "2 held out" in rows["data"]
   assert "landlock" in rows["sandbox"] and ": fits " in rows["memory"]

@@ -301,8 +301,8 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
     _check_remote(config[group].remote, f"config.{group}.remote")
   if config.executor.client and config.executor.remote.url:
     raise UserError(
-      "config.executor.client and config.executor.remote.url: expected one of them, both answer the "
-      "calls of workflows; leave the other empty"
+      "config.executor.client and config.executor.remote.url: expected one of them, both answer "
+      "the calls of workflows; leave the other empty"
     )
   if mode in ("train", "bench") and config.search.remote.url:
     raise UserError(

@@ -154,7 +154,8 @@ RULES: dict[str, Rule] = {
   "sandbox.memory_mb": between(64, 1 << 20),
   "sandbox.output_bytes": between(1000, 32 << 20),
   "sandbox.max_calls": between(1, 1_000_000),
-  "search.scope": one_of("dataset"),
+  "search.scope": one_of("dataset", "problem"),
+  "search.draws": at_least(1),
   "search.selection": one_of("aflow", "uct", "puct"),
   "search.rounds": at_least(0),
   "search.parents": at_least(1),
@@ -460,6 +461,16 @@ def _check_combinations(config: ConfigDict) -> None:
     raise UserError(
       "config.search.start_share > 0 needs start workflows: set config.search.starts, or "
       "config.search.start_share=0"
+    )
+  if c.train.problems and c.search.scope != "problem":
+    raise UserError(
+      f"config.train.problems = {c.train.problems}: expected 0 with config.search.scope = "
+      f"{c.search.scope!r}, which searches on all problems at once; set config.search.scope=problem"
+    )
+  if c.search.workspace and c.search.scope == "problem":
+    raise UserError(
+      "config.search.workspace: a workspace of AFlow is a search over a data set; set "
+      "config.search.scope=dataset, or leave it empty"
     )
   if c.eval.parent_count > 0 and not c.eval.parents:
     raise UserError(

@@ -17,7 +17,7 @@ import numpy as np
 
 from awf.files import naming, write_atomic
 
-Level = Literal["batch", "epoch"]
+Level = Literal["batch", "search", "epoch"]
 TIMING_PREFIXES = ("perf/", "time/")  # wall-clock values: never in metrics.jsonl or metrics.csv
 EPOCH_PREFIX = "epoch/"  # of TensorBoard's tags whose step is an epoch's number
 _KEYS = ("level", "epoch", "step")  # of every row; the rest are metrics
@@ -80,7 +80,8 @@ class MetricsLogger:
       results: name -> number (Python, NumPy or JAX scalar); NaN and infinities are stored as null.
       timings: name -> number that depends on the machine: seconds, throughput, memory.
       epoch: of the training loop.
-      level: "batch", or "epoch" for an aggregate.
+      level: "batch", "search" for what one search of a problem came to, or "epoch" for an
+        aggregate.
 
     Raises:
       ValueError: a name that rows use themselves, a value that is no number, a step that is too
@@ -200,7 +201,8 @@ class MetricsLogger:
   def _log_tensorboard(
     self, level: Level, epoch: int, step: int, values: Mapping[str, float | None]
   ) -> None:
-    prefix, x = (EPOCH_PREFIX, epoch) if level == "epoch" else ("", step)
+    prefix = "" if level == "batch" else f"{level}/"
+    x = epoch if level == "epoch" else step
     known = {name: value for name, value in values.items() if value is not None}
     if self._tensorboard and known:
       for name, value in known.items():

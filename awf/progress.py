@@ -26,4 +26,5 @@ class Progress:
   best: dict[str, Any] | None = None  # best workflow of finished searches
   is_stopped: bool = False  # a limit of wall time was hit; a resumed run stops there too
   limit: float = 0.0  # that limit, minutes; a higher one lets the run go on
+  by_problem: dict[str, Any] | None = None  # of awf.scope.ProblemScope, between its searches
   nonfinite: int = 0  # rounds in a row whose update had a loss or gradient that is no number

@@ -80,7 +80,9 @@ def read_run(path: pathlib.Path) -> Run:
   run.metrics = _rows(path / "metrics.jsonl", run)
   run.timings = _rows(path / "timings.jsonl", run)
   for folder in _numbered(path.glob("workspace*/*")):
-    _read_search(folder, run)
+    _read_search(folder, folder.name, run)
+  for journal in sorted(path.glob("workspace/*/*/journal.jsonl")):  # one search a problem
+    _read_search(journal.parent, journal.parent.parent.name, run)
   _read_trajectories(run)
   return run
 
@@ -95,9 +97,8 @@ def _numbered(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
   return sorted(paths, key=place)
 
 
-def _read_search(folder: pathlib.Path, run: Run) -> None:
-  name = folder.name
-  if folder.parent.name != "workspace":
+def _read_search(folder: pathlib.Path, name: str, run: Run) -> None:
+  if folder.parent.name.startswith("workspace_"):
     name += f", search {folder.parent.name.rpartition('_')[2]}"
   events = _rows(folder / "journal.jsonl", run)
   try:

@@ -152,7 +152,7 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, fl
   out: dict[str, list[tuple[float, float | None]]] = {}
   for row in rows:
     step = row.get("step")
-    if row.get("level") == "epoch" or not is_number(step):
+    if row.get("level") in ("search", "epoch") or not is_number(step):
       continue
     for name, value in row.items():
       if name not in ("step", "epoch", "level"):

@@ -63,6 +63,9 @@ def closing_lines(summary: dict[str, Any], workdir: Any) -> list[str]:
       f"different programs in 64: {summary['different_in_64_before']} -> "
       f"{summary['different_in_64_after']}"
     )
+  if "by_problem" in summary:
+    means = ", ".join(f"{name} {value:.3f}" for name, value in summary["by_problem"].items())
+    lines.append(f"means of {summary['searches']} searches over single problems: {means}")
   lines += [
     f"{summary['updates']} updates in {summary['rounds']} rounds, "
     f"{summary['llm_calls']} model calls, "

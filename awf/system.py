@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -229,23 +230,36 @@ class System:
     self._version += 1
     self.policy.set_lora(gathered_here(lora, self.mesh))
 
-  def make_search(self, episode: int, agree: Any = None) -> Any:
-    """The search of one episode, counted from 0 over all epochs; `agree` as in MCTSOptimizer."""
+  def make_search(
+    self, number: int, agree: Any = None, problems: Sequence[Problem] | None = None
+  ) -> Any:
+    """One search.
+
+    Args:
+      number: of the search in the run, from 0.
+      agree: as in MCTSOptimizer.
+      problems: draws of the one problem that it is about; None: all problems of the search.
+    """
     from awf.search.adopt import import_workspace
     from awf.search.config import SearchConfig, load_starts
     from awf.search.mcts import MCTSOptimizer
 
     config, task = self.config, self.task
+    fields = dict(config.search)
+    # The first search is the run's workspace; each further one has its own folder beside it.
+    folder = self.workdir.workspace if number == 0 else self.workdir / f"workspace_{number + 1}"
+    if problems is not None:
+      fields |= {"curriculum": "none", "full_problems": 0}  # that orders problems; all draws
+      name = re.sub(r"[^\w.-]", "_", problems[0].id.rpartition("#")[0])[:60]
+      folder = self.workdir.workspace / f"{number + 1:05d}_{name}"
     search = SearchConfig.from_config(
-      config.search,
+      fields,
       config.reward,
       group_size=config.grpo.group_size,
       refill=config.grpo.refill,
       dataset=task.dataset,
       question_type=task.question_type,
     )
-    # The first search is the run's workspace; each further one has its own folder beside it.
-    folder = self.workdir.workspace if episode == 0 else self.workdir / f"workspace_{episode + 1}"
     if config.search.workspace and self.hosts.is_writer:
       import_workspace(Path(config.search.workspace), Path(folder), task.dataset)
     optimizer = MCTSOptimizer(
@@ -253,9 +267,9 @@ class System:
       self.runner(),
       task,
       self.propose,
-      self.search_problems,
+      self.search_problems if problems is None else problems,
       folder,
-      stable_hash(config.seed, "search", episode),
+      stable_hash(config.seed, "search", number),
       starts=load_starts(config.search.starts),
       agree=agree,
     )

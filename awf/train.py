@@ -27,7 +27,8 @@ from awf.board import best_key, log_round, log_start, log_tree
 from awf.hosts import Cluster
 from awf.interrupt import Interrupted, StopRequest
 from awf.progress import Progress
-from awf.summary import about_best, closing_lines, drop_summary, read_summary, write_summary
+from awf.scope import make_scope
+from awf.summary import closing_lines, drop_summary, read_summary, write_summary
 from awf.system import System
 from awf.terminal import track
 from awf.types import Rollout, UserError, WorkflowSource
@@ -54,7 +55,7 @@ def run_search(config: ConfigDict, workdir: Any) -> dict[str, Any]:
 
 
 class Loop:
-  """The loop of one run over a built system."""
+  """The loop of one run over a built system. A search is that of an episode, or of a problem."""
 
   def __init__(self, system: System, trains: bool):
     from awf.checkpoint import Checkpointer
@@ -76,6 +77,7 @@ class Loop:
       self.config.train.keep_checkpoints,
       base_hash=hf.base_hash(system.policy.params),
     )
+    self.scope = make_scope(system)
     self.trainer = system.make_trainer(self.total_rounds) if trains else None
     used = (*system.held_out, *system.search_problems)
     self.report = LiveReport(self.workdir.path, used, self.hosts.is_writer)
@@ -84,9 +86,14 @@ class Loop:
     self._saved = -1  # number of the newest checkpoint
 
   @property
+  def per_epoch(self) -> int:
+    """Searches of an epoch."""
+    return self.config.train.episodes * self.scope.per_episode
+
+  @property
   def episodes(self) -> int:
     """Searches in all."""
-    return self.config.train.epochs * self.config.train.episodes
+    return self.config.train.epochs * self.per_epoch
 
   @property
   def total_rounds(self) -> int:
@@ -162,32 +169,35 @@ class Loop:
   # ---- one episode: one search ----
 
   async def _episode(self) -> None:
-    p, t = self.progress, self.config.train
-    search = self.search = self.search or self.system.make_search(p.episode, self._agree)
+    p = self.progress
+    search = self.search = self.search or self.scope.make_search(p, self._agree)
     if self.hosts.size > 1:  # the others read what AFlow left there before the first changes it
       if self.config.search.workspace:
         await self._agree()  # the first has copied it
       if not self.hosts.is_writer:
         search.open_workspace()
       await self._agree()
-    epoch = p.episode // t.episodes
+    epoch = p.episode // self.per_epoch
     while not search.why_done() and not p.is_stopped:
       await self._round(search, epoch)
     if p.is_stopped:
       return
     log.info("search %d ends: %s", p.episode + 1, search.why_done())
     best, seed = search.best(), search.tree.nodes[1]
-    self._finished = {
-      "search": search.state_dict(),
-      "progress": dataclasses.asdict(p),
-      "rows": self.metrics.position,
-      "limits": self._limits(),
-    }
+    if self.scope.goes_on:
+      self._finished = {
+        "search": search.state_dict(),
+        "progress": dataclasses.asdict(p),
+        "rows": self.metrics.position,
+        "limits": self._limits(),
+      }
     p.beaten += best.score > seed.score
-    if p.best is None or best.score > p.best["score"]:
-      p.best = about_best(search)
+    rows = [row for row in self.metrics.rows if row["level"] == "batch"]
+    self.scope.end_search(p, search, rows[len(rows) - search.rounds_done :])
     p.episode += 1
-    if p.episode % t.episodes == 0:
+    if found := self.scope.search_metrics(p):
+      self.metrics.log(p.step, found, epoch=epoch, level="search")
+    if p.episode % self.per_epoch == 0:
       extra = {"checkpoint_quality": p.beaten, "avg_pass_at_k": self._mean_pass_at_k(epoch)}
       self.metrics.log_epoch(epoch, p.step, extra)
       log_tree(self.metrics, epoch, search)
@@ -325,7 +335,7 @@ class Loop:
         "proposal_score_before": None, "proposal_score_after": None, "proposal_gain_interval": None,
         "valid_rate_first": p.valid_first, "valid_rate_last": p.valid_last,
       }  # fmt: skip
-    best = p.best if p.best is not None else about_best(self.search)
+    best = await self.scope.best(p, self.search)
     source = WorkflowSource(best["graph"], best["prompt"])
     folder = Path(self.workdir / "best")
     if self.hosts.is_writer:
@@ -344,6 +354,7 @@ class Loop:
       "test_score_best": tested["best"]["score"],
       "test_interval_best": tested["best"]["interval"],
       **figures,
+      **self.scope.figures(p),
       "trainable_share": self.system.policy.trainable_share,
       "updates": p.updates,
       "skipped_updates": p.skipped,
@@ -418,7 +429,7 @@ class Loop:
         self.progress = Progress(**{**last["progress"], **kept})
         search, rows = last["search"], last["rows"]
     if search is not None:
-      self.search = self.system.make_search(self.progress.episode, self._agree)
+      self.search = self.scope.make_search(self.progress, self._agree)
       self.search.load_state_dict(search)
     self.system.load_state_dict(extra.get("runners") or {})
     if self.config.train.minutes != self.progress.limit:

@@ -129,7 +129,10 @@ def base_config() -> ConfigDict:
   )
   c.search = ConfigDict(
     dict(
-      scope="dataset",  # one workflow for the whole data set
+      # dataset: one workflow for all problems; problem: a search for each problem (train.problems)
+      scope="dataset",
+      # scope="problem": runs of a workflow on its problem; one when executor.temperature is 0
+      draws=4,
       # of parents: aflow (soft mixture), uct, puct (prior: the mixture over an arm's score)
       selection="aflow",
       rounds=10,  # steps of expansion; each proposes for `parents` nodes
@@ -263,7 +266,7 @@ def base_config() -> ConfigDict:
     dict(
       epochs=1,  # epochs of `episodes` searches
       episodes=1,  # searches per epoch
-      problems=0,  # scope="problem" only
+      problems=0,  # search.scope="problem": problems that an episode takes; 0 = all
       checkpoint_every=1,  # rounds
       keep_checkpoints=2,  # newest checkpoints that are kept
       minutes=0.0,  # wall-time limit; 0 = none

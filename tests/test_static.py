@@ -224,7 +224,7 @@ WHOLE = {
     SEED.replace("problem: str)", "problem: str, entry_point: str)"),
     "other arguments",
   ),
-  "deep parentheses": (f"x = {'(' * 5000}", "syntax error"),
+  "deep parentheses": (f"x = {'(' * 5000}", "more than 4000 symbols"),
   "deep nesting": ("x = " + "-" * 3000 + "1", "nested too deeply"),
   "deep blocks": ("\n".join(" " * i + "if x:" for i in range(90)) + "pass", "nested too deeply"),
   "long sum": ("x = " + "+".join(["1"] * 7000), "format"),

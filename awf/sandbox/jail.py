@@ -18,9 +18,11 @@ import signal
 import struct
 import sys
 import sysconfig
+import time
 
 from awf.sandbox import syscalls
 
+NICE = 10  # of children, beside this program
 FIRST_UID = 60706  # free for use by systemd's and Debian's tables of ids
 MAX_SLOTS = 400
 SCRATCH_BYTES = 16 << 20
@@ -89,6 +91,23 @@ def _call(name: str, *args: int | bytes | None) -> int:
   assert _libc is not None
   wrapped = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
   return getattr(_libc, name)(*wrapped)
+
+
+def lower_session() -> None:
+  """Makes the zygote's session, with all its children, yield to others.
+
+  Linux with autogroups shares the processor by session; nice counts within one alone, and children
+  with sessions of their own would each weigh as much as the whole program that started them.
+  """
+  for _ in range(5):
+    try:
+      with open("/proc/self/autogroup", "w") as file:
+        file.write(str(NICE))
+      return
+    except BlockingIOError:  # an ordinary user may ask ten times a second, all of them together
+      time.sleep(0.15)
+    except OSError:  # no autogroups here: nice does it
+      return
 
 
 def make_plan() -> JailPlan:
@@ -186,7 +205,7 @@ def enter(
     _require(_call("unshare", _CLONE_NEWNS) == 0, "unshare")
     _require(_mount_tmp(cwd, uid, gid), "mount tmpfs")
   os.chdir(cwd)
-  os.nice(10)
+  os.nice(NICE)
   _limit(plan, memory_bytes, cpu_seconds)
   scratch = _path_descriptor(".") if plan.landlock_abi else -1
   if plan.drops_uid:

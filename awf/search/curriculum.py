@@ -7,7 +7,8 @@ The order is a function of the tree alone, so it is resumed with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 
 from awf.search.tree import NO_NODE, Tree
 from awf.types import Problem
@@ -35,6 +36,38 @@ def by_solve_rate(tree: Tree, problems: Sequence[Problem], order: str) -> list[P
     return list(problems)
   rates = solve_rates(tree, problems)
   return sorted(problems, key=lambda p: rates[p.id], reverse=order == "easy_first")
+
+
+def episode_problems(
+  problems: Sequence[Problem],
+  rates: Mapping[str, float],
+  order: str,
+  share: float,
+  progress: float,
+  places: range,
+  make_rng: Callable[..., random.Random],
+) -> list[Problem]:
+  """The problems that an episode searches on one by one, in the order of the searches.
+
+  Args:
+    problems: all problems of the training split.
+    rates: solve rate of those that were searched on; the others count as PRIOR.
+    order: one of `ORDERS`. "none": turn by turn through all problems, each turn in a seeded order;
+      else the episode's problems are drawn from the first ones of the order, and come in it.
+    share, progress: as in `problem_pool`, over the episodes.
+    places: of the episode's searches among all of the run.
+    make_rng: makes the generator for a turn, or for an episode's draw.
+  """
+  if order == "none":
+    count = len(problems)
+    turns = range(places.start // count, (places.stop - 1) // count + 1)
+    shuffled = {turn: make_rng("turn", turn).sample(problems, count) for turn in turns}
+    return [shuffled[place // count][place % count] for place in places]
+  ranked = sorted(problems, key=lambda p: rates.get(p.id, PRIOR), reverse=order == "easy_first")
+  part = share + (1.0 - share) * min(max(progress, 0.0), 1.0)
+  pool = ranked[: max(len(places), math.ceil(part * len(problems)))]
+  chosen = {p.id for p in make_rng("draw", places.start).sample(pool, len(places))}
+  return [p for p in pool if p.id in chosen]
 
 
 def problem_pool(

@@ -28,7 +28,8 @@ from awf.workflow.contract import (
 STYLES = ("full", "compact")
 
 _THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-_FENCE = re.compile(r"\s*```[\w+-]*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
+_FENCE = re.compile(r"```[\w+-]*[ \t]*")
+MAX_REPLY_CHARS = 64_000  # of a reply without its thoughts: twice what the three elements may hold
 FULL_RULES = """\
 You improve a workflow: Python code that solves {kind} problems with calls to a language model.
 Its score is the share of validation problems that it answers correctly, at most 1.
@@ -141,14 +142,23 @@ def repair_messages(
 
 
 def _element(text: str, tag: str) -> str | None:
-  found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-  return found[-1] if found else None
+  """The last complete element, or None; in time that grows with the text, not with its square."""
+  found, end = None, 0
+  while (start := text.find(f"<{tag}>", end)) >= 0:
+    start += len(tag) + 2
+    end = text.find(f"</{tag}>", start)
+    if end < 0:
+      break
+    found, end = text[start:end], end + len(tag) + 3
+  return found
 
 
 def _code(text: str) -> str:
   """The text without Markdown fences around it and without common indentation."""
-  fenced = _FENCE.fullmatch(text)
-  text = (fenced.group(1) if fenced else text).strip("\n").rstrip()
+  first, newline, rest = text.strip().partition("\n")
+  if newline and rest.endswith("```") and _FENCE.fullmatch(first):
+    text = rest[:-3].rstrip(" \t")
+  text = text.strip("\n").rstrip()
   return textwrap.dedent(text) if text[:1].isspace() else text
 
 
@@ -164,6 +174,8 @@ def parse_reply(text: str) -> Edit | Failure:
   tolerated, as descendants would be shown it: format tags and chat-template tokens inside.
   """
   text = _THINKING.sub("", text)
+  if len(text) > MAX_REPLY_CHARS:
+    return Failure("format", f"the reply has {len(text)} characters, at most {MAX_REPLY_CHARS}")
   parts = {tag: _element(text, tag) for tag in ("modification", "graph", "prompt")}
   missing = [tag for tag, part in parts.items() if part is None]
   if missing:

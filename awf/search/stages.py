@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import math
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -96,12 +97,17 @@ def check(
 
   It may use the operators that are offered and those of its parent.
   """
-  allowed = allowed_operators(operators, parent.source.graph)
-  failure = static_check(source, allowed, is_code)
+  failure = _checked(source, allowed_operators(operators, parent.source.graph), is_code)
   if failure is not None:
     return failure
   key = key_of(source)
   return COPY if key == parent.canonical else key
+
+
+@functools.lru_cache(maxsize=4096)
+def _checked(source: WorkflowSource, operators: tuple[str, ...], is_code: bool) -> Failure | None:
+  """`static_check`, once for equal texts."""
+  return static_check(source, operators, is_code)
 
 
 class Trials:

@@ -14,6 +14,8 @@ _CONTROL = re.compile(  # control, zero-width and direction characters, lone sur
   r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )
 
+_READ = 10  # characters that are read for each that may be kept: nested tags take a pass each
+
 
 def neutralise(text: str) -> str:
   """Turns `<score>` into `[score]` and `<|im_end|>` into `[im_end]`; drops control characters.
@@ -47,12 +49,14 @@ def forbidden(text: str) -> str | None:
 
 def one_line(text: str, limit: int = 160) -> str:
   """One inert line of at most `limit` characters that cannot imitate an experience line's score."""
+  text = text[: _READ * limit]
   text = " ".join(neutralise(text).replace("->", "to").replace("```", "'''").split())
   return text if len(text) <= limit else text[: limit - 3].rstrip() + "..."
 
 
 def excerpt(text: str, limit: int, tail: bool = False) -> str:
   """Inert text of at most `limit` characters; `tail` keeps the end, where answers stand."""
+  text = text[-_READ * limit :] if tail else text[: _READ * limit]
   text = neutralise(text).replace("```", "'''").strip()
   if len(text) <= limit:
     return text

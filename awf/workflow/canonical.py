@@ -11,6 +11,7 @@ import ast
 import builtins
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from awf.types import WorkflowSource
@@ -35,9 +36,9 @@ def canonical(source: WorkflowSource) -> str:
   except SourceError:
     constants = None
   _drop_form(tree)
-  prompt = _place_prompts(tree, constants, source.prompt)
-  if not any(isinstance(node, ast.Name) and node.id in _SEES_NAMES for node in ast.walk(tree)):
-    _rename_locals(tree)
+  prompt, nodes = _place_prompts(tree, constants, source.prompt)
+  if not any(isinstance(node, ast.Name) and node.id in _SEES_NAMES for node in nodes):
+    _rename_locals(tree, nodes)
   return _dump(tree) + prompt
 
 
@@ -85,26 +86,42 @@ def _is_prompt(node: ast.AST) -> bool:
   return isinstance(node.value, ast.Name) and node.value.id == "prompt_custom"
 
 
-def _prompt_uses(tree: ast.AST) -> list[ast.Attribute]:
-  return [one for one in ast.walk(tree) if isinstance(one, ast.Attribute) and _is_prompt(one)]
+def _prompt_uses(nodes: Sequence[ast.AST]) -> list[ast.Attribute]:
+  return [one for one in nodes if isinstance(one, ast.Attribute) and _is_prompt(one)]
 
 
-def _place_prompts(tree: ast.Module, constants: dict[str, Any] | None, text: str) -> str:
-  """Inlines the texts that are used; returns the whole prompt where its use cannot be followed."""
-  uses = _prompt_uses(tree)
-  names = sum(isinstance(one, ast.Name) and one.id == "prompt_custom" for one in ast.walk(tree))
+def _place_prompts(
+  tree: ast.Module, constants: dict[str, Any] | None, text: str
+) -> tuple[str, list[ast.AST]]:
+  """Inlines the texts that are used.
+
+  Returns:
+    The text of what is left, the whole prompt where its use cannot be followed; and the tree's
+    nodes.
+  """
+  nodes = list(ast.walk(tree))
+  uses = _prompt_uses(nodes)
+  names = sum(isinstance(one, ast.Name) and one.id == "prompt_custom" for one in nodes)
   written = any(not isinstance(node.ctx, ast.Load) for node in uses)
-  imported = any("workspace" in name for name in _imports(tree)) or "prompt_custom" in _bound(tree)
-  if constants is None or names != len(uses) or written or imported:
-    return "\nprompt " + json.dumps(text)
+  imported = any("workspace" in name for name in _imports(nodes))
+  if (
+    constants is None
+    or names != len(uses)
+    or written
+    or imported
+    or ("prompt_custom" in _bound(nodes))
+  ):
+    return "\nprompt " + json.dumps(text), nodes
   _Inline({key: value for key, value in constants.items() if type(value) is str}).visit(tree)
-  left = sorted({node.attr for node in _prompt_uses(tree)})
-  return "".join(f"\n{name} = {constants[name]!r}" for name in left if name in constants)
+  nodes = list(ast.walk(tree))
+  left = sorted({node.attr for node in _prompt_uses(nodes)})
+  kept = "".join(f"\n{name} = {constants[name]!r}" for name in left if name in constants)
+  return kept, nodes
 
 
-def _imports(tree: ast.AST) -> list[str]:
+def _imports(nodes: Sequence[ast.AST]) -> list[str]:
   found = []
-  for node in ast.walk(tree):
+  for node in nodes:
     if isinstance(node, ast.Import):
       found += [one.name for one in node.names]
     elif isinstance(node, ast.ImportFrom):
@@ -112,10 +129,10 @@ def _imports(tree: ast.AST) -> list[str]:
   return found
 
 
-def _bound(tree: ast.AST) -> set[str]:
+def _bound(nodes: Sequence[ast.AST]) -> set[str]:
   """Names bound by anything but plain assignment, and names declared global or nonlocal."""
   names: set[str] = set()
-  for node in ast.walk(tree):
+  for node in nodes:
     if isinstance(node, ast.arg):
       names.add(node.arg)
     elif isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
@@ -141,24 +158,24 @@ def _outermost_functions(tree: ast.AST) -> list[ast.AST]:
   return found
 
 
-def _rename_locals(tree: ast.Module) -> None:
+def _rename_locals(tree: ast.Module, nodes: Sequence[ast.AST]) -> None:
   """Numbers the local variables of each function in the order in which the tree names them.
 
   A name is taken only where it can mean nothing else: not a parameter, not bound outside functions,
   no builtin.
   """
-  functions = _outermost_functions(tree)
-  inside = {id(node) for function in functions for node in ast.walk(function)}
+  functions = [list(ast.walk(function)) for function in _outermost_functions(tree)]
+  inside = {id(node) for function in functions for node in function}
   outside = {
     node.id
-    for node in ast.walk(tree)
+    for node in nodes
     if isinstance(node, ast.Name) and id(node) not in inside and not isinstance(node.ctx, ast.Load)
   }
-  taken = outside | _bound(tree) | set(dir(builtins)) | set(PROVIDED_NAMES)
+  taken = outside | _bound(nodes) | set(dir(builtins)) | set(PROVIDED_NAMES)
   for function in functions:
-    if any(isinstance(node, ast.ClassDef) for node in ast.walk(function)):
+    if any(isinstance(node, ast.ClassDef) for node in function):
       continue
-    names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+    names = [node for node in function if isinstance(node, ast.Name)]
     stored = {node.id for node in names if isinstance(node.ctx, ast.Store)} - taken
     numbers: dict[str, str] = {}
     for node in names:

@@ -30,6 +30,13 @@ class Graph:
   built: dict[
     str, set[str]
   ]  # attribute of self -> operators it is built from; "llm" for the model, "" for others
+  walks: dict[ast.AST, list[ast.AST]]  # what `walk` has found
+
+  def walk(self, node: ast.AST) -> list[ast.AST]:
+    """The node and all below it, as `ast.walk` gives them; each walk is made once."""
+    if node not in self.walks:
+      self.walks[node] = list(ast.walk(node))
+    return self.walks[node]
 
   def methods(self) -> Iterator[Function]:
     """The methods of the class."""
@@ -68,22 +75,28 @@ def built_operator(node: ast.AST) -> str | None:
   return None
 
 
-def read_graph(tree: ast.Module, operators: tuple[str, ...]) -> Graph:
+def read_graph(tree: ast.Module, nodes: list[ast.AST], operators: tuple[str, ...]) -> Graph:
+  """What the checks need of a parsed graph; `nodes` are those of the tree by `ast.walk`.
+
+  Raises:
+    SourceError: not one plain class Workflow.
+  """
   found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Workflow"]
   if len(found) != 1:
     fail(f"the graph defines {len(found)} classes `class Workflow:`, expected one")
   workflow = found[0]
   if workflow.bases or workflow.keywords:
     fail("write `class Workflow:` without a base class", workflow)
-  parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+  parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
   built: dict[str, set[str]] = {}
-  for node in ast.walk(workflow):
+  walks: dict[ast.AST, list[ast.AST]] = {tree: nodes, workflow: list(ast.walk(workflow))}
+  for node in walks[workflow]:
     name = self_attribute(node)
     if name is not None and not isinstance(node.ctx, ast.Load):  # type: ignore[attr-defined]
       parent = parents[node]
       value = parent.value if isinstance(parent, (ast.Assign, ast.AnnAssign)) else None
       built.setdefault(name, set()).add(_kind_of(value))
-  return Graph(tree, workflow, operators, parents, built)
+  return Graph(tree, workflow, operators, parents, built, walks)
 
 
 def _kind_of(value: ast.expr | None) -> str:

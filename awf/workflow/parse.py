@@ -11,10 +11,14 @@ from awf.types import FailureKind
 from awf.workflow.contract import MAX_PROMPT_CHARS
 
 MAX_DEPTH = 80
-MAX_NODES = 6_000
+MAX_NODES = 2_000  # a check takes some 10 microseconds a node; AFlow's best have a few hundred
+MAX_SYMBOLS = 4_000  # characters that are no letter, digit or blank: what parsing costs
+MAX_BITS = 4_096  # of an integer; Python refuses to write those of more than 4,300 digits
+MAX_CONSTANT = 64_000  # characters and members of a prompt constant, those it refers to included
 MESSAGE_CHARS = 300
 
 _XML_LINE = re.compile(r"^\s*</?[A-Za-z][\w-]*(?:\s[^<>]*)?/?>\s*$")
+_PLAIN = re.compile(r"[\w\s]+")
 _STRIP_METHODS = ("strip", "lstrip", "rstrip")
 
 
@@ -49,6 +53,8 @@ def parse_text(text: str, what: str, max_chars: int) -> ast.Module:
     raise SourceError(
       "format", f"the {what} has {len(text)} characters, at most {max_chars} are allowed"
     )
+  if len(_PLAIN.sub("", text)) > MAX_SYMBOLS:
+    raise SourceError("format", f"the {what} has more than {MAX_SYMBOLS} symbols: make it simpler")
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # such as an invalid escape in a string: not an error
@@ -60,7 +66,7 @@ def parse_text(text: str, what: str, max_chars: int) -> ast.Module:
 
 
 def check_size(tree: ast.AST, what: str) -> None:
-  """Caps depth and number of nodes, without recursion.
+  """Caps depth, number of nodes and integers, without recursion.
 
   Raises:
     SourceError: kind "format".
@@ -78,6 +84,9 @@ def check_size(tree: ast.AST, what: str) -> None:
       raise SourceError(
         "format", f"the {what} has more than {MAX_NODES} syntax nodes: make it simpler"
       )
+    constants = (node.value for node in level if isinstance(node, ast.Constant))
+    if any(isinstance(value, int) and value.bit_length() > MAX_BITS for value in constants):
+      raise SourceError("format", f"the {what} has an integer of too many digits")
     level = [child for node in level for child in ast.iter_child_nodes(node)]
 
 
@@ -118,6 +127,7 @@ def prompt_constants(text: str) -> dict[str, Any]:
     SourceError: kind "format", when the module holds anything but assignments of such constants.
   """
   constants: dict[str, Any] = {}
+  sizes: dict[str, int] = {}
   for node in parse_text(text, "prompt", MAX_PROMPT_CHARS).body:
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
       continue
@@ -131,11 +141,25 @@ def prompt_constants(text: str) -> dict[str, Any]:
         f"the prompt has a statement in line {node.lineno} that is not NAME = text: only string"
         " constants are allowed",
       )
+    size = _size(value, sizes)
+    if size > MAX_CONSTANT:  # before it is made: NAME = A + A doubles with every line
+      raise SourceError("format", f"the prompt has a value that is too large in line {node.lineno}")
     for target in targets:
       if not isinstance(target, ast.Name):
         raise SourceError("format", f"the prompt assigns to no plain name in line {node.lineno}")
       constants[target.id] = _value(value, constants)
+      sizes[target.id] = size
   return constants
+
+
+def _size(node: ast.expr, sizes: dict[str, int]) -> int:
+  """No less than the characters and members of the value of a constant expression."""
+  size = 0
+  for one in ast.walk(node):
+    text = one.value if isinstance(one, ast.Constant) else ""
+    size += 1 + (len(text) if isinstance(text, str) else 0)
+    size += sizes.get(one.id, 0) if isinstance(one, ast.Name) else 0
+  return size
 
 
 def _value(node: ast.expr, known: dict[str, Any]) -> Any:

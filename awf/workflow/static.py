@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+from collections.abc import Sequence
 from typing import Any
 
 from awf.types import Failure, WorkflowSource
@@ -52,15 +53,16 @@ def static_check(
     constants = prompt_constants(source.prompt)
     tree = parse_text(source.graph, "graph", MAX_GRAPH_CHARS)
     check_compiles(tree, source.graph, "graph")
-    _check_policy(tree)
-    _check_names(tree)
-    graph = read_graph(tree, operators)
+    nodes = list(ast.walk(tree))  # once: a walk costs more than what is done with its nodes
+    _check_policy(nodes)
+    _check_names(nodes)
+    graph = read_graph(tree, nodes, operators)
     if is_code is None:
       is_code = "Test" in operators or "CustomCodeGenerate" in operators
     _check_signatures(graph, is_code)
     _check_operators(graph)
     _check_attributes(graph)
-    _check_prompts(tree, constants)
+    _check_prompts(nodes, constants)
     check_calls(graph)
     check_keys(graph)
     check_returns(graph)
@@ -69,8 +71,8 @@ def static_check(
   return None
 
 
-def _check_policy(tree: ast.Module) -> None:
-  for node in ast.walk(tree):
+def _check_policy(nodes: Sequence[ast.AST]) -> None:
+  for node in nodes:
     line = f"line {getattr(node, 'lineno', 0)}: "
     if isinstance(node, ast.Import):
       for one in node.names:
@@ -97,10 +99,10 @@ def _check_import(name: str, line: str) -> None:
   raise SourceError("policy", f"{line}import of {name!r} is not allowed, only of {allowed}")
 
 
-def _check_names(tree: ast.Module) -> None:
+def _check_names(nodes: Sequence[ast.AST]) -> None:
   """Every name that is read is bound somewhere; the provided names keep their meaning."""
   bound: dict[str, ast.AST] = {}
-  for node in ast.walk(tree):
+  for node in nodes:
     for name in _names_bound(node):
       if not name.isascii():
         fail(f"the name {name!a} is not ASCII", node)
@@ -108,7 +110,7 @@ def _check_names(tree: ast.Module) -> None:
         fail(f"{name} is already provided and must not be redefined or imported again", node)
       bound[name] = node
   known = bound.keys() | set(dir(builtins)) | set(PROVIDED_NAMES)
-  for node in ast.walk(tree):
+  for node in nodes:
     if isinstance(node, ast.Name) and node.id not in known:
       hint = f": add `import {node.id}`" if node.id in ALLOWED_IMPORTS else ""
       fail(f"the name {node.id!a} is not defined{hint}", node)
@@ -161,7 +163,7 @@ def _check_signatures(graph: Graph, is_code: bool) -> None:
 
 def _check_operators(graph: Graph) -> None:
   """Operators exist, are offered, and are built with the model."""
-  for node in ast.walk(graph.tree):
+  for node in graph.walk(graph.tree):
     if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
       continue
     if node.value.id != "operator":
@@ -184,7 +186,7 @@ def _check_attributes(graph: Graph) -> None:
   for node in graph.workflow.body:
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     defined |= {target.id for target in targets if isinstance(target, ast.Name)}
-  for node in ast.walk(graph.workflow):
+  for node in graph.walk(graph.workflow):
     name = self_attribute(node)
     if name is None or name in defined or name in HARMLESS_DUNDERS:
       continue
@@ -193,8 +195,8 @@ def _check_attributes(graph: Graph) -> None:
     fail(f"self.{name} is used but never set{hint}", node)
 
 
-def _check_prompts(tree: ast.Module, constants: dict[str, Any]) -> None:
-  for node in ast.walk(tree):
+def _check_prompts(nodes: Sequence[ast.AST], constants: dict[str, Any]) -> None:
+  for node in nodes:
     if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
       continue
     if node.value.id == "prompt_custom" and node.attr not in constants:

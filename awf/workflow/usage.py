@@ -12,7 +12,8 @@ _VALUES = (ast.Constant, ast.Subscript, ast.Dict, ast.JoinedStr, ast.BinOp, ast.
 
 def check_calls(graph: Graph) -> None:
   """Arguments of operators, and the await before operators and the model."""
-  for node in ast.walk(graph.workflow):
+  handed_on: dict[ast.AST, set[str]] = {}
+  for node in graph.walk(graph.workflow):
     if not isinstance(node, ast.Call):
       continue
     spec = graph.operator_of(node)
@@ -22,7 +23,7 @@ def check_calls(graph: Graph) -> None:
     is_model = attribute is not None and graph.built.get(attribute) == {"llm"}
     method = graph.method(attribute) if attribute else None
     if spec is not None or is_model or isinstance(method, ast.AsyncFunctionDef):
-      _check_await(graph, node)
+      _check_await(graph, node, handed_on)
 
 
 def _check_arguments(call: ast.Call, spec: OperatorSpec) -> None:
@@ -45,11 +46,12 @@ def _check_arguments(call: ast.Call, spec: OperatorSpec) -> None:
     fail(f"{spec.name} lacks the argument {missing[0]}, expected {', '.join(names)}", call)
 
 
-def _check_await(graph: Graph, call: ast.Call) -> None:
+def _check_await(graph: Graph, call: ast.Call, handed_on: dict[ast.AST, set[str]]) -> None:
+  """Fails for a call whose await is missing; `handed_on` keeps `_handed_on` of each function."""
   parent = graph.parents[call]
-  what = ast.unparse(call.func)
   if isinstance(parent, ast.Await):
     return
+  what = ast.unparse(call.func)
   if isinstance(parent, (ast.Subscript, ast.Attribute)) and parent.value is call:
     fail(f"await binds too late here: write (await {what}(...)) before [...]", call)
   loose = (ast.Expr, ast.BinOp, ast.BoolOp, ast.Compare, ast.FormattedValue, ast.If, ast.While)
@@ -61,7 +63,9 @@ def _check_await(graph: Graph, call: ast.Call) -> None:
       fail(f"missing await: write await {what}(...)", call)
   if isinstance(parent, ast.Assign) and isinstance(parent.targets[0], ast.Name) and function:
     name = parent.targets[0].id
-    if not _is_handed_on(graph, function, name):
+    if function not in handed_on:
+      handed_on[function] = _handed_on(graph, function)
+    if name not in handed_on[function]:
       fail(f"missing await: write {name} = await {what}(...)", call)
 
 
@@ -72,26 +76,22 @@ def _enclosing(graph: Graph, node: ast.AST) -> Function | None:
   return current
 
 
-def _is_handed_on(graph: Graph, function: ast.AST, name: str) -> bool:
-  """Whether a coroutine held by `name` may be awaited: directly, or by what gets it."""
+def _handed_on(graph: Graph, function: ast.AST) -> set[str]:
+  """Names such that a coroutine held by one may be awaited: directly, or by what gets it."""
   keeps = (ast.Await, ast.Call, ast.List, ast.Set, ast.Dict, ast.Starred)
   keeps += (ast.keyword, ast.Assign, ast.NamedExpr, ast.IfExp)
   if function is not graph.method("__call__"):
     keeps += (ast.Tuple, ast.Return)
-  return any(
-    isinstance(node, ast.Name)
-    and node.id == name
-    and isinstance(node.ctx, ast.Load)
-    and isinstance(graph.parents[node], keeps)
-    for node in ast.walk(function)
-  )
+  names = (node for node in graph.walk(function) if isinstance(node, ast.Name))
+  loads = (node for node in names if isinstance(node.ctx, ast.Load))
+  return {node.id for node in loads if isinstance(graph.parents[node], keeps)}
 
 
 def _results(graph: Graph, function: ast.AST) -> dict[str, set[str]]:
   """Names that hold nothing but operators' results in a function, with the keys these can have."""
   keys: dict[str, set[str]] = {}
   other = set()
-  for node in ast.walk(function):
+  for node in graph.walk(function):
     if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
       parent = graph.parents[node]
       spec = graph.awaited_operator(parent.value) if isinstance(parent, ast.Assign) else None
@@ -110,7 +110,7 @@ def _results(graph: Graph, function: ast.AST) -> dict[str, set[str]]:
 def check_keys(graph: Graph) -> None:
   for function in graph.methods():
     results = _results(graph, function)
-    for node in ast.walk(function):
+    for node in graph.walk(function):
       if not (isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)):
         continue
       spec = graph.awaited_operator(node.value)
@@ -128,7 +128,7 @@ def check_returns(graph: Graph) -> None:
   results = _results(graph, call)
   returns = [
     node
-    for node in ast.walk(call)
+    for node in graph.walk(call)
     if isinstance(node, ast.Return) and _enclosing(graph, node) is call
   ]
   pair = 'return answer, self.llm.get_usage_summary()["total_cost"]'

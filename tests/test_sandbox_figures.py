@@ -1,0 +1,56 @@
+"""Leaks and containment, in short: `python tests/sandbox_figures.py` does it at length."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+from sandbox_figures import LAYERS, NOBODY, SLOW, is_contained, jailed, jobs, new_box, raw
+
+from awf.sandbox import Limits
+from awf.sandbox.jail import NICE
+
+USERS = {"root": 0, "user": NOBODY} if os.getuid() == 0 else {"user": os.getuid()}
+
+
+def test_random_jobs_leave_nothing_behind():
+  found = jobs(250, warm=150, seed=1)
+  assert found["leaks"] == [], found
+  assert {"ok", "crash", "format", "policy", "memory", "timeout"} <= set(found["ends"])
+
+
+@pytest.mark.parametrize("user", USERS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_escape_works_whatever_the_host_lacks(name, user):
+  row = jailed(LAYERS[name], USERS[user])
+  assert is_contained(row) and "refused" not in row, row
+  absent = {"landlock": "landlock", "namespaces": "network_namespace"}
+  assert not {absent[layer] for layer in LAYERS[name]} & set(row["layers"])
+  assert "seccomp" in row["layers"] and ("uid_drop" in row["layers"]) == (USERS[user] == 0)
+
+
+def test_a_host_without_seccomp_is_refused():
+  row = jailed(("seccomp",), list(USERS.values())[-1])
+  assert "cannot confine" in row["refused"] and "config.sandbox.allow_weak" in row["refused"]
+
+
+def test_children_weigh_little_beside_the_program():
+  """By nice within a session, and by the session's own where the kernel shares by sessions."""
+
+  async def scenario(box):
+    task = asyncio.ensure_future(box.run(raw(SLOW, Limits(cpu_seconds=60.0, wall_seconds=600.0))))
+    while not (pids := [r.pid for r in box._pool._schedule.alive.values() if r.ready and r.pid]):
+      await asyncio.sleep(0.01)
+    (pid,) = pids
+    group = Path(f"/proc/{pid}/autogroup")
+    seen = os.getsid(pid), os.getpriority(os.PRIO_PROCESS, pid)
+    text = group.read_text() if group.exists() else ""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return *seen, text
+
+  with new_box() as box:
+    session, nice, group = asyncio.run(scenario(box))
+    assert session == box.stats()["zygote_pid"]
+  assert nice == min(19, os.nice(0) + NICE)
+  assert not group.startswith("/autogroup") or group.split()[-2:] == ["nice", str(NICE)]

@@ -300,6 +300,11 @@ def validate(config: ConfigDict, mode: str = "train") -> None:
   _check_combinations(config)
   for group in REMOTES:
     _check_remote(config[group].remote, f"config.{group}.remote")
+  if config.executor.client and config.executor.remote.url:
+    raise UserError(
+      "config.executor.client and config.executor.remote.url: expected one of them, both answer "
+      "the calls of workflows; leave the other empty"
+    )
   if mode in ("train", "bench") and config.search.remote.url:
     raise UserError(
       f"config.search.remote.url: mode {mode} is about the policy that proposes; use "

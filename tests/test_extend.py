@@ -250,6 +250,13 @@ def test_names_of_another_form_are_refused_before_anything_starts(field, value, 
   assert message in str(refused.value) and f"config.{field}" in str(refused.value)
 
 
+def test_two_that_answer_workflows_are_refused():
+  config = load_config("configs/quickstart.py:smoke")
+  config.executor.client = "ollama_api:Ollama"
+  config.executor.remote.update(url="http://localhost:8000/v1", model="m")
+  assert "expected one of them" in refused(validate, config)
+
+
 def test_a_policy_that_cannot_be_had_is_refused_in_one_line(folder):
   (folder / "broken.py").write_text("class Mine(:\n")
   config = base_config()

@@ -146,6 +146,7 @@ def test_pointer_and_keys(browser, page):
   assert len(walked) == COUNT
   browser.open(page, best)  # the address opens the node again
   assert heading(browser).endswith("the best")
+  settle(browser)
   size = "document.querySelector('.canvas .ring').getBoundingClientRect().width"
   before = browser.value(size)
   browser.value("document.querySelector('.canvas').focus()")

@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 TESTS ?= tests
+JOBS ?= 2
 KILLS ?= 25
 SEED ?= 0
 
@@ -23,7 +24,7 @@ run: $(VENV)/.stamp-run
 	$(BIN)/python launch.py --config=configs/quickstart.py $(ARGS)
 
 test: $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS) $(ARGS)
 
 test-kill: $(VENV)/.stamp-dev
 	$(BIN)/python tests/save_crashes.py

@@ -26,6 +26,8 @@ def get_config(arg=None):
   # With these sizes Qwen2-7B in int8 searches and trains on one chip of 16 GB (v5e-1).
   c.sampler.context = 5120  # the full prompt with its failure log, and the proposal
   c.sampler.max_new_tokens = 1024
+  if args.model == "qwen2-7b":
+    c.sampler.prompt_cache_gb = 1.0  # four full prompts and some more
   c.executor.max_new_tokens = 1024
   c.executor.temperature = 0.7
   c.executor.top_p = 0.95

@@ -4,7 +4,6 @@ A stand-in (tests/mini_aflow) is always driven; AFLOW_PATH names a checkout of A
 AFLOW_PYTHON an interpreter with its requirements.
 """
 
-import html
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_report import data_of
 
 from awf import cli
 from awf.config import validate
@@ -236,9 +236,10 @@ def check_run(folder, figures, rounds):
   ]
   assert len(rows) >= rounds and all(row["text"] and row["tokens"] > 0 for row in rows)
   assert {row["round"] for row in rows} - {None} == scores - {1}
-  report = (folder / "report.html").read_text()
-  assert all(html.escape(e["node"]["modification"]) in report for e in events)
-  assert html.escape(events[0]["node"]["source"]["graph"].splitlines()[-1]) in report
+  shown = json.dumps(data_of((folder / "report.html").read_text()), ensure_ascii=False)
+  assert all(json.dumps(e["node"]["modification"])[1:-1] in shown for e in events)
+  last_line = events[0]["node"]["source"]["graph"].splitlines()[-1]
+  assert json.dumps(last_line)[1:-1] in shown
   assert (folder / "best" / "best.json").is_file()
   assert re.search(r"class Workflow\b", (folder / "best" / "graph.py").read_text())
   return scores

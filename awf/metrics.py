@@ -165,9 +165,9 @@ class MetricsLogger:
 
   def close(self) -> None:
     """Closes the event file; all files are complete after every call."""
-    if self._events is not None:
-      self._events.close()
-      self._events = None
+    events, self._events = self._events, None
+    if events is not None:
+      events.close()
 
   def __enter__(self) -> MetricsLogger:
     return self
@@ -254,8 +254,10 @@ class _EventFile:
       self._writer.flush()
 
   def close(self) -> None:
-    self.flush()
-    self._writer.close()
+    try:
+      self.flush()
+    finally:
+      self._writer.close()
 
 
 def _drop_events(folder: pathlib.Path, step: int, epochs: set[int]) -> None:

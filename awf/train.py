@@ -10,6 +10,7 @@ one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -130,6 +131,9 @@ class Loop:
       self.checkpoints.close()
       figures = {"rounds": self.progress.step, "updates": self.progress.updates}
       raise Interrupted(number, figures) from None
+    finally:
+      with contextlib.suppress(OSError):  # of a full disk, which has been told of
+        self.metrics.close()
 
   async def _agree(self) -> None:
     """Waits for the other processes, before what all do together.

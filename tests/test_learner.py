@@ -235,8 +235,8 @@ def test_blocks_named_by_ranges_of_ids_hold_every_visible_token():
   segments = rng.permutation(np.repeat(np.arange(6), 32)).astype(np.int32)  # in no order
   parents = np.where(segments > 2, 1, segments).astype(np.int32)
   q, k, v = (jnp.array(rng.standard_normal((1, 192, 2, 8)), jnp.float32) for _ in range(3))
-  whole = block_attend(jnp.array(segments), jnp.array(parents), 192)(0, q, k, v, None)[0]
-  parts = block_attend(jnp.array(segments), jnp.array(parents), 32)(0, q, k, v, None)[0]
+  whole = block_attend(jnp.array(segments), jnp.array(parents), 192)(q, k, v, None)[0]
+  parts = block_attend(jnp.array(segments), jnp.array(parents), 32)(q, k, v, None)[0]
   keep = segments > 0
   np.testing.assert_allclose(parts[0, keep], whole[0, keep], atol=2e-6)
 

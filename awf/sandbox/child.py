@@ -276,7 +276,7 @@ def run_child(descriptor: int, plan: jail.JailPlan, spec: dict[str, Any], zygote
     zygote_pid: for the check that the zygote still lives.
   """
   try:
-    os.setpgid(0, 0)  # a group of its own; the session stays the zygote's: see lower_session
+    os.setpgid(0, 0)  # a group of its own; Linux may share by session, so that stays the zygote's
     os.environ.clear()
     os.dup2(descriptor, CHANNEL_FD)
     os.dup2(1, 2)  # the zygote's stdout is the null device, its stderr is not

@@ -18,7 +18,6 @@ import signal
 import struct
 import sys
 import sysconfig
-import time
 
 from awf.sandbox import syscalls
 
@@ -91,23 +90,6 @@ def _call(name: str, *args: int | bytes | None) -> int:
   assert _libc is not None
   wrapped = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
   return getattr(_libc, name)(*wrapped)
-
-
-def lower_session() -> None:
-  """Makes the zygote's session, with all its children, yield to others.
-
-  Linux with autogroups shares the processor by session; nice counts within one alone, and children
-  with sessions of their own would each weigh as much as the whole program that started them.
-  """
-  for _ in range(5):
-    try:
-      with open("/proc/self/autogroup", "w") as file:
-        file.write(str(NICE))
-      return
-    except BlockingIOError:  # an ordinary user may ask ten times a second, all of them together
-      time.sleep(0.15)
-    except OSError:  # no autogroups here: nice does it
-      return
 
 
 def make_plan() -> JailPlan:

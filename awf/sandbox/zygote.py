@@ -231,7 +231,6 @@ def main() -> None:
   missing = _preload(_NUMERIC.split(), optional=True) if options["numeric"] else []
   _preload(["awf.sandbox.program", "awf.sandbox.probe", *options["preload"]], optional=False)
   _warm_up()
-  jail.lower_session()
   plan = jail.make_plan()
   root = options["root"]
   os.makedirs(os.path.join(root, "mount"), mode=0o700, exist_ok=True)

@@ -28,7 +28,7 @@ import sys
 import time
 from pathlib import Path
 
-from side_by_side import SMALL, Ids
+from side_by_side import SMALL, Ids, tunix_model
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKS = {  # rows, prompt, new, group; None: lengths are uniform in 32-256
@@ -164,29 +164,12 @@ class Tunix:
 
   def __init__(self, args):
     del args
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
     from tunix.generate import sampler
-    from tunix.models.qwen2 import model as qwen2
 
-    config = qwen2.ModelConfig(
-      num_layers=SMALL["num_hidden_layers"], vocab_size=SMALL["vocab_size"],
-      embed_dim=SMALL["hidden_size"], hidden_dim=SMALL["intermediate_size"],
-      num_heads=SMALL["num_attention_heads"], head_dim=SMALL["head_dim"],
-      num_kv_heads=SMALL["num_key_value_heads"], rope_theta=1_000_000, norm_eps=1e-6,
-      use_tied_embedding=True, dtype=jnp.float32, param_dtype=jnp.float32,
-    )  # fmt: skip
-    graph, state = nnx.split(qwen2.Qwen2(config, rngs=nnx.Rngs(0)))
-    leaves, form = jax.tree.flatten(state)  # its MLP kernels start at zero: noise for all
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [
-      0.02 * jax.random.normal(k, x.shape, x.dtype) if x.ndim > 1 else x
-      for k, x in zip(keys, leaves, strict=True)
-    ]
+    model, config = tunix_model()
     rows, prompt, new, _ = WORKS["small"]
     self.sampler = sampler.Sampler(
-      nnx.merge(graph, jax.tree.unflatten(form, leaves)),
+      model,
       Ids(),
       sampler.CacheConfig(
         cache_size=prompt + new, num_layers=config.num_layers, num_kv_heads=config.num_kv_heads,

@@ -226,6 +226,30 @@ class Torch:
     return {"update": time.perf_counter() - start}
 
 
+def tunix_model():
+  """The small model as Tunix has it, and its config; noise for all weights, as in a real model."""
+  import jax
+  import jax.numpy as jnp
+  from flax import nnx
+  from tunix.models.qwen2 import model as qwen2
+
+  config = qwen2.ModelConfig(
+    num_layers=SMALL["num_hidden_layers"], vocab_size=SMALL["vocab_size"],
+    embed_dim=SMALL["hidden_size"], hidden_dim=SMALL["intermediate_size"],
+    num_heads=SMALL["num_attention_heads"], head_dim=SMALL["head_dim"],
+    num_kv_heads=SMALL["num_key_value_heads"], rope_theta=1_000_000, norm_eps=1e-6,
+    use_tied_embedding=True, dtype=jnp.float32, param_dtype=jnp.float32,
+  )  # fmt: skip
+  graph, state = nnx.split(qwen2.Qwen2(config, rngs=nnx.Rngs(0)))  # MLP kernels start at zero
+  leaves, form = jax.tree.flatten(state)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  leaves = [
+    0.02 * jax.random.normal(k, x.shape, x.dtype) if x.ndim > 1 else x
+    for k, x in zip(keys, leaves, strict=True)
+  ]
+  return nnx.merge(graph, jax.tree.unflatten(form, leaves)), config
+
+
 class Tunix:
   """GRPOLearner; a turn is one of its steps, held back where it asks for rollouts."""
 
@@ -237,33 +261,16 @@ class Tunix:
   def run(self, wait, tell):
     """Trains; before each step `wait()` blocks, after it `tell(seconds)` is called."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
     import optax
     import qwix
     from flax import nnx
-    from tunix.models.qwen2 import model as qwen2
     from tunix.rl import rl_cluster
     from tunix.rl.grpo import grpo_learner
     from tunix.rl.rollout import base_rollout
 
     args = self.args
-    config = qwen2.ModelConfig(
-      num_layers=SMALL["num_hidden_layers"], vocab_size=SMALL["vocab_size"],
-      embed_dim=SMALL["hidden_size"], hidden_dim=SMALL["intermediate_size"],
-      num_heads=SMALL["num_attention_heads"], head_dim=SMALL["head_dim"],
-      num_kv_heads=SMALL["num_key_value_heads"], rope_theta=1_000_000, norm_eps=1e-6,
-      use_tied_embedding=True, dtype=jnp.float32, param_dtype=jnp.float32,
-    )  # fmt: skip
-    base = qwen2.Qwen2(config, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(base)  # its MLP kernels start at zero: noise as in a real model
-    leaves, form = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [
-      0.02 * jax.random.normal(k, x.shape, x.dtype) if x.ndim > 1 else x
-      for k, x in zip(keys, leaves, strict=True)
-    ]
-    base = nnx.merge(graph, jax.tree.unflatten(form, leaves))
+    base, _ = tunix_model()
     provider = qwix.LoraProvider(
       module_path=".*(q|k|v|o|gate|up|down)_proj", rank=RANK, alpha=2.0 * RANK
     )

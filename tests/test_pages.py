@@ -130,9 +130,13 @@ def test_any_course_of_events_keeps_every_page_with_one_owner():
 # --- the engine
 
 
+def engine_params():
+  return random_params(TINY, size=0.3)
+
+
 def make_engine(**sizes):
   sizes = {"rows": ROWS, "context": CONTEXT, "prefill_rows": 2, "steps_per_dispatch": 6} | sizes
-  return Engine(TINY, random_params(TINY, size=0.3), pad_id=PAD, **sizes)
+  return Engine(TINY, engine_params(), pad_id=PAD, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +166,21 @@ def test_a_common_beginning_is_prefilled_once_and_changes_no_bit(engine):
   prompts = sum(len(request.prompt_ids) - 1 for request in requests)
   assert after["prefill_tokens"] - before["prefill_tokens"] == prompts - 4 * page
   assert engine.generate(requests[::-1]) == alone[::-1], "from pages that earlier requests left"
+
+
+def test_rows_that_read_their_prompt_alone_have_a_path_of_their_own_in_fast_mode(engine):
+  sizes = (1, 2, 4, 5, 6)  # of groups of 4: lone, shared, whole, and one or two left over
+  requests = [
+    Request(prompt(20 + 40 * i, 30 + i), n=n, seed=i, max_new_tokens=12)
+    for i, n in enumerate(sizes)
+  ]
+  assert not engine.shapes.lone_at_once, "a row's last digits would say who else has its prompt"
+  with make_engine(strict=False) as fast:
+    assert fast.shapes.lone_at_once
+    found = fast.generate(requests)
+  for request, outputs in zip(requests, found, strict=True):
+    for output in outputs:
+      check_logprobs(engine_params(), request.prompt_ids, output)
 
 
 def test_a_beginning_made_by_another_adapter_is_not_reused(engine):
@@ -222,7 +241,7 @@ def test_rows_keep_room_for_the_longest_completion_alone():
     request = Request(prompt(30, 50), seed=1, max_new_tokens=128)
     (output,) = engine.generate([request])[0]
     assert len(output.token_ids) == 128
-    check_logprobs(random_params(TINY, size=0.3), request.prompt_ids, output)
+    check_logprobs(engine_params(), request.prompt_ids, output)
     with pytest.raises(ValueError, match=r"max_new_tokens: expected at most 128, got 129.*config"):
       engine.submit(Request(prompt(30, 50), max_new_tokens=129))
     nearly = Request(prompt(CONTEXT - 20, 51), max_new_tokens=1000)

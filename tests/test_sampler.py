@@ -23,7 +23,7 @@ TINY = QwenConfig(
   num_hidden_layers=2,
   num_attention_heads=4,
   num_key_value_heads=2,
-  head_dim=8,
+  head_dim=16,  # products of 8 hide what depends on the neighbours
   tie_word_embeddings=True,
 )
 QWEN3 = dataclasses.replace(

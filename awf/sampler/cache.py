@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from awf.qwen.config import QwenConfig
@@ -192,7 +191,7 @@ def _prompt_part(
 
   `at_once` share groups and lone rows are worked on together, with as many pages as the longest
   prompt of theirs. Lone rows are groups of one: a product for a whole group would cost them three
-  times as much, and gives each row the same bits (`rows_agree`).
+  times as much, but may differ from theirs in the last digit.
   """
   b, k, g, h = q_BKGH.shape
   carry = _nothing((b, k, g), h)
@@ -307,30 +306,6 @@ def decode_attend(
     return out.reshape(b, 1, n, h), LayerCache(prompt_keys, prompt_values, keys, values)
 
   return attend
-
-
-def rows_agree(config: QwenConfig, page: int, share: int) -> bool:
-  """Whether this machine's products give a lone row the bits that they give it in a share group.
-
-  No rule of XLA says so; each of its kernels that was tried does it.
-  """
-  k, h = config.num_key_value_heads, config.head_dim
-  g = config.num_attention_heads // k
-  key_q, key_k, key_v = jax.random.split(jax.random.key(0), 3)
-  q_KQH = jax.random.normal(key_q, (1, k, share * g, h), config.dtype)
-  keys = jax.random.normal(key_k, (1, k, h, page), config.dtype)
-  values = jax.random.normal(key_v, (1, k, page, h), config.dtype)
-
-  @jax.jit
-  def both(q_KQH):
-    scores = _product("bkqh,bkhw->bkqw", q_KQH, keys)
-    return scores, _product("bkqw,bkwh->bkqh", jax.nn.relu(scores).astype(q_KQH.dtype), values)
-
-  whole, alone = both(q_KQH), both(q_KQH[:, :, :g])
-  return all(
-    np.array_equal(np.asarray(x)[:, :, :g], np.asarray(y))
-    for x, y in zip(whole, alone, strict=True)
-  )
 
 
 def prefill_attend(

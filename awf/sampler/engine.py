@@ -17,7 +17,7 @@ from concurrent.futures import Future
 import jax
 
 from awf.qwen.config import QwenConfig
-from awf.sampler.cache import rows_agree, token_bytes
+from awf.sampler.cache import token_bytes
 from awf.sampler.decode import Shapes
 from awf.sampler.device import Device
 from awf.sampler.inbox import Inbox
@@ -45,6 +45,7 @@ def make_shapes(
   platform: str | None = None,
   max_new_tokens: int = 0,
   prompt_bytes: int = 0,
+  strict: bool = True,
 ) -> Shapes:
   """Compiled shapes of an engine.
 
@@ -58,6 +59,8 @@ def make_shapes(
     max_new_tokens: of the longest completion; 0 is the context.
     prompt_bytes: for the pages of prompts; 0 is as much as all rows could need, at most
       PROMPT_BYTES. One prompt of full length always has room.
+    strict: no path of their own for rows that read their prompt alone, whose last digits would
+      then say whether others read it too.
   """
   platform = platform or jax.default_backend()
   on_cpu, on_tpu = platform == "cpu", platform == "tpu"
@@ -76,7 +79,7 @@ def make_shapes(
   if on_cpu:
     block = 64 if context >= 512 else 32
   calls = max(-(-prompt_chunks * page // (prefill_rows * block)), 32)
-  has_lone = on_cpu and rows_agree(config, page, share)
+  has_lone = on_cpu and not strict
   return Shapes(
     rows=rows, pages=max(pages, prompt_chunks), page=page, prompt_chunks=prompt_chunks,
     chunks=own_chunks, chunk=chunk, group=group, share=share, at_once=at_once,
@@ -136,7 +139,15 @@ class Engine:
         raise ValueError(f"{name}: expected a positive number, got {value}: config.sampler.{name}")
     self.config, self.context, self.strict, self.pad_id = config, context, strict, pad_id
     self.shapes = make_shapes(
-      config, rows, context, prefill_rows, steps_per_dispatch, None, max_new_tokens, prompt_bytes
+      config,
+      rows,
+      context,
+      prefill_rows,
+      steps_per_dispatch,
+      None,
+      max_new_tokens,
+      prompt_bytes,
+      strict,
     )
     self.device = Device(config, params, self.shapes, strict, mesh)
     self._mesh, self._decode = mesh, decode

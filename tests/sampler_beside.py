@@ -28,7 +28,7 @@ import sys
 import time
 from pathlib import Path
 
-from side_by_side import SMALL, Ids, tunix_model
+from side_by_side import SMALL, Ids, tunix_model, turned
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKS = {  # rows, prompt, new, group; None: lengths are uniform in 32-256
@@ -79,7 +79,8 @@ class Awf:
     self.args, self.engines = args, {}
     if args.works == ["small"]:
       self.config = QwenConfig(**SMALL)
-      self.params = jax.tree.map(jnp.asarray, init_params(self.config, jax.random.key(0)))
+      # In the layout that a checkpoint of this size would get here.
+      self.params = turned(jax.tree.map(jnp.asarray, init_params(self.config, jax.random.key(0))))
     else:
       path = Path(args.model)
       self.config = hf.load_config(path, "float32")

@@ -6,12 +6,14 @@
 Both sides load, compile and warm up first, each in a process of its own; then they work by turns,
 one round after the other, while the other one waits. Work of a side:
 
-awf    GRPOTrainer.update (reference pass, one step, metrics); for an iteration the engine's
-       rollouts and the new adapter besides.
-tunix  its GRPOLearner on the same architecture: update_actor, the reference pass, the iteration.
+awf    GRPOTrainer.update: the reference pass, and the train step with its metrics ("step"); for an
+       iteration the engine's rollouts and the new adapter besides. Weights lie as the program puts
+       a checkpoint's on a CPU.
+tunix  its GRPOLearner on the same architecture: update_actor (the train step, to be compared with
+       our "step"; ratio "update" is against our whole update), the reference pass, the iteration.
 torch  transformers + peft: reference log-probs with the adapter off, log-probs of the completions,
        the same loss, backward to the LoRA, AdamW. Head on completion tokens alone, in chunks of
-       --chunk, rows in micro-batches of --micro: try which are fastest.
+       --chunk, rows in micro-batches of --micro (ours of --own-micro): try which are fastest.
 
 Without --model it is a random model of 5M parameters. The last line is JSON: seconds of every
 round, medians and ratios (median of the rounds' ratios).
@@ -53,6 +55,18 @@ def odd_share(ids):
   return sum(int(x) % 2 for x in ids) / max(1, len(ids))
 
 
+def turned(params):
+  """Plain weights in the layout that a checkpoint gets on a CPU (awf.policy.load_base)."""
+  import jax.numpy as jnp
+
+  if not isinstance(params, dict):
+    return params
+  return {
+    ("kernel_t" if name == "kernel" else name): jnp.array(x.T) if name == "kernel" else turned(x)
+    for name, x in params.items()
+  }
+
+
 class Awf:
   """This project's side."""
 
@@ -66,29 +80,38 @@ class Awf:
 
     from awf.grpo.config import GRPOConfig, OptimConfig
     from awf.grpo.trainer import GRPOTrainer
+    from awf.policy import load_base
     from awf.qwen import hf
     from awf.qwen.config import QwenConfig
     from awf.qwen.lora import LoRAConfig
     from awf.qwen.model import init_params
+    from awf.qwen.quant import QuantConfig
 
     self.args, self.jax = args, jax
     if args.model:
       self.config = hf.load_config(Path(args.model), "float32")
-      params = hf.load_params(Path(args.model), self.config, "float32")
+      self.params = load_base(Path(args.model), self.config, "float32", None, QuantConfig())
     else:
       self.config = QwenConfig(**SMALL)
-      params = init_params(self.config, jax.random.key(0))
-    self.params = jax.tree.map(jnp.asarray, params)
+      self.params = turned(jax.tree.map(jnp.asarray, init_params(self.config, jax.random.key(0))))
     self.lora_config = LoRAConfig(rank=RANK, alpha=2.0 * RANK)
     self.trainer = GRPOTrainer(
       self.config, self.params, None, self.lora_config,
       GRPOConfig(
         group_size=args.group, beta=BETA, clip_low=CLIP, clip_high=CLIP, horizon=args.new,
-        micro_batch=args.micro or 8, remat=args.remat,
+        micro_batch=args.own_micro, remat=args.remat,
       ),
       OptimConfig(learning_rate=LEARNING_RATE), None, jax.random.key(1),
     )  # fmt: skip
     self.engine = self._engine() if args.iteration else None
+    self.spent_on_reference = 0.0
+    self._score, self.trainer._score = self.trainer._score, self._timed_score
+
+  def _timed_score(self, *args):
+    begun = time.perf_counter()
+    found = self.jax.block_until_ready(self._score(*args))
+    self.spent_on_reference += time.perf_counter() - begun
+    return found
 
   def _engine(self):
     from awf.sampler.engine import Engine
@@ -125,10 +148,12 @@ class Awf:
       )
       for i in range(len(rows))
     ]  # fmt: skip
-    begun = time.perf_counter()
+    begun, self.spent_on_reference = time.perf_counter(), 0.0
     metrics = self.trainer.update(rollouts)
     self.jax.block_until_ready(self.trainer.state)
     spent["update"] = time.perf_counter() - begun
+    spent["reference"] = self.spent_on_reference
+    spent["step"] = spent["update"] - spent["reference"]
     assert not metrics["skipped"]
     if self.engine is not None:
       self._serve(self.engine)
@@ -454,11 +479,13 @@ def result(args, rounds):
   for side in ("awf", args.other):
     for part in rounds[0][side]:
       found["median"][f"{side} {part}"] = round(statistics.median(column(side, part)), 4)
-  pairs = [(p, p) for p in ("rollout", "update", "iteration")]
+  pairs = [(p, p) for p in ("rollout", "reference", "update", "iteration")]
+  if args.other == "tunix":  # whose update is the train step alone
+    pairs.append(("update", "step"))
   for theirs, ours in pairs:
     if theirs in rounds[0][args.other] and ours in rounds[0]["awf"]:
       ratios = [b / a for a, b in zip(column("awf", ours), column(args.other, theirs), strict=True)]
-      found["ratio"][theirs] = round(statistics.median(ratios), 3)
+      found["ratio"][ours] = round(statistics.median(ratios), 3)
   return found
 
 
@@ -471,7 +498,8 @@ def main():
   parser.add_argument("--hold", type=Path, help="wait for this file before --at-once rounds")
   for name, default in (
     ("rows", 16), ("prompt", 128), ("new", 128), ("group", 4), ("rounds", 5), ("warm", 2),
-    ("steps", 40), ("seed", 0), ("threads", 2), ("micro", 0), ("chunk", 0), ("at-once", 100),
+    ("steps", 40), ("seed", 0), ("threads", 2), ("micro", 0), ("own-micro", 8), ("chunk", 0),
+    ("at-once", 100),
   ):  # fmt: skip
     parser.add_argument(f"--{name}", type=int, default=default)
   parser.add_argument("--model", default="")

@@ -74,7 +74,8 @@ def make_shapes(
   group = 16 if on_cpu and rows % 16 == 0 else rows
   # Few rows of a group make no product slower on CPU, where each page is read from memory anyway.
   share = min(rows, 4 if on_cpu else 8)
-  at_once = math.gcd(rows, 8 if on_cpu else 4)
+  # With a fourth of the rows, groups of four full rows leave no place of a trip unused.
+  at_once = math.gcd(rows, min(8, max(1, rows // 4)) if on_cpu else 4)
   block = 128
   if on_cpu:
     block = 64 if context >= 512 else 32

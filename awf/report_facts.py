@@ -73,13 +73,12 @@ def budget(run: Run) -> str:
   whole_time = seconds.get("time/step", 0.0)
   if whole_time:
     rows = [
-      (text, seconds[name], f"{seconds[name]:,.1f} s "
-       f"({100 * seconds[name] / whole_time:.0f} % of the rounds)")
+      (text, seconds[name], f"{seconds[name]:,.1f} s ({100 * seconds[name] / whole_time:.0f} %)")
       for name, text in TIMES if seconds.get(name)
     ]  # fmt: skip
     out += "<h3>Time</h3>" + parts.card(charts.bars(rows))
-    out += parts.note("Proposals are drawn and answers graded while workflows run: these times "
-                      "overlap.")  # fmt: skip
+    out += parts.note("Shares of the rounds' time. Proposals are drawn and answers graded while "
+                      "workflows run: these times overlap.")  # fmt: skip
   return out
 
 
@@ -114,16 +113,15 @@ def grading(run: Run) -> str:
   )  # fmt: skip
   rows.append(("proposals lost to the infrastructure", lost))
   shown = [(name, parts.number(count)) for name, count in rows]
-  return (
-    f"<div><h3>Answers of the search</h3>{parts.card(parts.table(('answers', ''), shown))}</div>"
-  )
+  table = parts.table(("answers", "number"), shown, numeric=(1,))
+  return f"<div><h3>Answers of the search</h3>{parts.card(table)}</div>"
 
 
 def machine(run: Run) -> str:
   """Counters of the grader, the sandbox, the workflows and the sampler."""
   counted = numbers(run.parts.get("grader"))
   rows = [(text, parts.number(counted[name])) for name, text in GRADER.items() if name in counted]
-  table = parts.card(parts.table(("grader", ""), rows)) if rows else ""
+  table = parts.card(parts.table(("counter", "value"), rows, (1,))) if rows else ""
   shown = [grading(run), f"<div><h3>Grader</h3>{table}</div>" if table else ""]
   for title in ("sandbox", "workflows", "sampler"):
     counters = dict(numbers(run.parts.get(title)))
@@ -137,7 +135,7 @@ def machine(run: Run) -> str:
       if named:
         rows.insert(0, (text, ", ".join(named)))
     if rows:
-      table = parts.table((title, ""), rows)
+      table = parts.table(("counter", "value"), rows)
       shown.append(f"<div><h3>{title.capitalize()}</h3>{parts.card(table)}</div>")
   if not any(shown):
     return ""

@@ -184,6 +184,12 @@ def test_phone_and_print_and_colours(browser, page, tmp_path):
   press(browser, "best")
   browser.resize(390, 844)
   assert browser.value("document.documentElement.scrollWidth") <= 390
+  lines = browser.value(
+    "[...document.querySelectorAll('.charts td.n')].map(cell => { const range = "
+    "document.createRange(); range.selectNodeContents(cell); "
+    "return range.getClientRects().length })"
+  )
+  assert len(lines) > 5 and set(lines) == {1}  # no number is broken
   browser.resize(1280, 900)
   colour = "getComputedStyle(document.body).backgroundColor"
   browser.dress("light")

@@ -21,6 +21,7 @@ from awf.search.choose import Choice, choose, read_trees, seed_of
 from awf.system import System, hold_out, price
 from awf.tasks.quantities import parse_quantity
 from awf.tasks.stats import bootstrap_interval, paired_bootstrap, pass_at_k_values
+from awf.terminal import track
 from awf.types import Problem, UserError, WorkflowSource
 from awf.workflow.contract import seed_source
 
@@ -68,7 +69,7 @@ def run_eval(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     problems = test_problems(system)
     figures = asyncio.run(evaluate(system, contenders, problems, config.eval.samples))
     calls = system.executor_totals().get("llm_calls", 0)
-    mine = {"calls": calls, "cost": system.cost()}
+    mine = {"calls": calls, "cost": system.cost(), "grader": system.task.grader_stats()}
     rows = system.hosts.meet_now(mine)
   for line in table(figures):
     log.info("%s", line)
@@ -82,6 +83,7 @@ def run_eval(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     "prices": list(config.executor.prices),
     "llm_calls": sum(row["calls"] for row in rows),
     "cost_usd": round(sum(row["cost"] for row in rows), 6),
+    "grader": {k: round(sum(row["grader"][k] for row in rows), 1) for k in mine["grader"]},
     "wall_seconds": round(time.perf_counter() - start, 1),
   }
   if system.hosts.is_writer:
@@ -161,12 +163,17 @@ async def evaluate(
 
   async def sample(contender: WorkflowSource | Vote, problem: Problem, i: int) -> _Outcome:
     if isinstance(contender, WorkflowSource):
-      return await one(contender, problem, i)
-    repeats = range(i * contender.votes, (i + 1) * contender.votes)
-    return voted(await asyncio.gather(*(one(contender.source, problem, r) for r in repeats)))
+      outcome = await one(contender, problem, i)
+    else:
+      repeats = range(i * contender.votes, (i + 1) * contender.votes)
+      answers = await asyncio.gather(*(one(contender.source, problem, r) for r in repeats))
+      outcome = voted(answers)
+    shown.advance()
+    return outcome
 
-  jobs = [sample(c, p, i) for c in contenders.values() for p in problems for i in range(samples)]
-  done = iter(await asyncio.gather(*jobs))
+  with track("test split", len(contenders) * len(problems) * samples) as shown:
+    jobs = [sample(c, p, i) for c in contenders.values() for p in problems for i in range(samples)]
+    done = iter(await asyncio.gather(*jobs))
   rows, scores = {}, {}
   for name in contenders:
     outcomes_QS = [[next(done) for _ in range(samples)] for _ in problems]

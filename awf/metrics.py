@@ -18,7 +18,8 @@ import numpy as np
 from awf.files import naming, write_atomic
 
 Level = Literal["batch", "search", "epoch"]
-TIMING_PREFIXES = ("perf/", "time/")  # wall-clock values: never in metrics.jsonl or metrics.csv
+# Values that depend on the machine or on interruptions: never in metrics.jsonl or metrics.csv.
+TIMING_PREFIXES = ("perf/", "time/", "grader/")
 EPOCH_PREFIX = "epoch/"  # of TensorBoard's tags whose step is an epoch's number
 _KEYS = ("level", "epoch", "step")  # of every row; the rest are metrics
 _EVENT_FILES = "events.out.tfevents.*"
@@ -29,7 +30,7 @@ class MetricsLogger:
   """Writes metrics.jsonl, metrics.csv (both a function of config and seed), timings.jsonl and tb/.
 
   A metric is a name and a number: `logger.log(step, {"my/metric": 0.5})` adds one. Names that start
-  with `perf/` or `time/` are timings wherever they are passed.
+  with `perf/`, `time/` or `grader/` are timings wherever they are passed.
 
   Args:
     workdir: the run's directory; made when it is not there. Rows found there are kept.

@@ -10,11 +10,12 @@ from awf import report_charts as charts
 from awf import report_parts as parts
 from awf.report_read import Run, is_number, numbers
 
-# Parts of a round's time; the first two overlap within the search.
+# Parts of a round's time; the first three overlap within the search.
 TIMES = (
   ("time/rollout", "drawing proposals"),
   ("time/evaluate", "running workflows"),
-  ("time/search", "search, both within"),
+  ("time/grade", "grading answers"),
+  ("time/search", "search, all these within"),
   ("time/update", "update"),
   ("time/checkpoint", "checkpoint"),
 )
@@ -24,6 +25,16 @@ def to_copy(name: str, text: str) -> str:
   """Text under its name, with a button that the script makes work."""
   head = f'<h4>{parts.esc(name)} <button class="copy" type="button" hidden>copy</button></h4>'
   return f'<div class="copied">{head}<div class="card">{parts.code(text)}</div></div>'
+
+
+GRADER = {  # what the counters of parts.json mean (`awf.tasks.counted`)
+  "graded": "verdicts",
+  "right": "right",
+  "malformed": "malformed: nothing could be read",
+  "timeouts": "time-outs of code or of a comparison",
+  "errors": "errors of the grader: no verdict",
+  "seconds": "seconds at work",
+}
 
 
 def step_seconds(run: Run) -> dict[str, float]:
@@ -62,12 +73,12 @@ def budget(run: Run) -> str:
   whole_time = seconds.get("time/step", 0.0)
   if whole_time:
     rows = [
-      (text, seconds[name], f"{seconds[name]:,.1f} s "
-       f"({100 * seconds[name] / whole_time:.0f} % of the rounds)")
+      (text, seconds[name], f"{seconds[name]:,.1f} s ({100 * seconds[name] / whole_time:.0f} %)")
       for name, text in TIMES if seconds.get(name)
     ]  # fmt: skip
     out += "<h3>Time</h3>" + parts.card(charts.bars(rows))
-    out += parts.note("Proposals are drawn while workflows run: their times overlap.")
+    out += parts.note("Shares of the rounds' time. Proposals are drawn and answers graded while "
+                      "workflows run: these times overlap.")  # fmt: skip
   return out
 
 
@@ -102,12 +113,16 @@ def grading(run: Run) -> str:
   )  # fmt: skip
   rows.append(("proposals lost to the infrastructure", lost))
   shown = [(name, parts.number(count)) for name, count in rows]
-  return f"<div><h3>Grader</h3>{parts.card(parts.table(('answers', ''), shown))}</div>"
+  table = parts.table(("answers", "number"), shown, numeric=(1,))
+  return f"<div><h3>Answers of the search</h3>{parts.card(table)}</div>"
 
 
 def machine(run: Run) -> str:
   """Counters of the grader, the sandbox, the workflows and the sampler."""
-  shown = [grading(run)]
+  counted = numbers(run.parts.get("grader"))
+  rows = [(text, parts.number(counted[name])) for name, text in GRADER.items() if name in counted]
+  table = parts.card(parts.table(("counter", "value"), rows, (1,))) if rows else ""
+  shown = [grading(run), f"<div><h3>Grader</h3>{table}</div>" if table else ""]
   for title in ("sandbox", "workflows", "sampler"):
     counters = dict(numbers(run.parts.get(title)))
     layers = numbers(counters.pop("layers", None))
@@ -120,12 +135,13 @@ def machine(run: Run) -> str:
       if named:
         rows.insert(0, (text, ", ".join(named)))
     if rows:
-      table = parts.table((title, ""), rows)
+      table = parts.table(("counter", "value"), rows)
       shown.append(f"<div><h3>{title.capitalize()}</h3>{parts.card(table)}</div>")
   if not any(shown):
     return ""
-  text = "Sandbox, workflows, sampler: since the process started that wrote this page last."
-  return f'<div class="charts">{"".join(shown)}</div>' + (parts.note(text) if shown[1:] else "")
+  text = "All but the first table: since the process started that wrote this page last."
+  is_counted = any(shown[1:])
+  return f'<div class="charts">{"".join(shown)}</div>' + (parts.note(text) if is_counted else "")
 
 
 def backups(run: Run) -> str:

@@ -48,7 +48,8 @@ class LiveReport:
     A page that cannot be written costs a warning, never the run.
 
     Args:
-      parts: gives the counters that stand in parts.json: sandbox, workflows, sampler, before.
+      parts: gives the counters that stand in parts.json: grader, sandbox, workflows,
+        sampler, before.
     """
     started = self._clock()
     if not self._is_writer or started < self._due:

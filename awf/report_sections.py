@@ -142,6 +142,14 @@ def evaluation(run: Run) -> str:
   header = ("contender", "score", "95 % interval", "pass@k")
   problems = parts.number(run.evaluation.get("problems"))
   text = f"Shares of the {problems} problems of the test split, which the search never saw."
+  counted = numbers(run.evaluation.get("grader"))
+  if counted:
+    names = ("graded", "malformed", "timeouts", "errors")
+    graded, malformed, timeouts, errors = (parts.number(counted.get(name)) for name in names)
+    text += (
+      f" Answers graded: {graded}; malformed: {malformed}; time-outs: {timeouts}; errors of the "
+      f"grader: {errors}."
+    )
   chart = charts.line_chart("pass@k on the test split", curves, "k") if curves else ""
   listed = parts.card(parts.table(header, rows, numeric=(1, 2)))
   return listed + parts.note(text) + _charts([chart] if chart else [])

@@ -1,12 +1,15 @@
-"""What a run of train or search says at its end, and keeps in summary.json."""
+"""What a run of train or search says after a round and at its end, and keeps in summary.json."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from awf.files import write_atomic
+from awf.terminal import clock
 
 
 def about_best(search: Any) -> dict[str, Any]:
@@ -44,6 +47,21 @@ def drop_summary(workdir: Any) -> None:
 
 def _path(workdir: Any) -> Path:
   return Path(workdir / "summary.json")
+
+
+def round_line(
+  step: int, rounds: int, results: Mapping[str, Any], timings: Mapping[str, Any], best: float
+) -> str:
+  """How a round went, and how long the rest of the `rounds` takes at its speed."""
+  loss = results.get("loss", math.nan)  # none where nothing is trained
+  learned = "" if loss is None or math.isnan(loss) else f"loss {loss:.4f}, "
+  left = (rounds - step) * timings["time/step"]
+  return (
+    f"round {step} of {rounds}: best {best:.3f}, reward {results['reward']:.3f}, "
+    f"valid {results['mcts/valid_rate']:.2f}, {learned}"
+    f"{timings['perf/tokens_per_second']:.0f} tokens/s, {timings['time/step']:.0f} s, "
+    f"about {clock(left)} left"
+  )
 
 
 def closing_lines(summary: dict[str, Any], workdir: Any) -> list[str]:

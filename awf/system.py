@@ -72,10 +72,11 @@ class System:
     from awf.runtime_setup import setup_jax
     from awf.sharding import local_mesh, make_mesh
     from awf.tasks import make_task
+    from awf.tasks.counted import CountedTask
 
     config = self.config
     self.hosts = self._join()
-    self.task = make_task(config.task, self.sandbox)
+    self.task: Any = CountedTask(make_task(config.task, self.sandbox))
     validation, test = self.task.split_dataset()
     self.validation, self.test = tuple(validation), tuple(test)
     count = config.eval.parent_problems if config.eval.parent_count else 0
@@ -308,7 +309,8 @@ class System:
     """What a round cost: seconds by part, compilation, memory, shares of the devices' peaks.
 
     Args:
-      before, now: steps and busy_seconds of the engine before the round and after it.
+      before, now: steps and busy_seconds of the engine, and `grader/...`, before the round and
+        after it.
       trainer: the learner, or None.
       update_seconds: of its update.
     """
@@ -318,7 +320,10 @@ class System:
     decode = {name: now[name] - before[name] for name in ("steps", "busy_seconds")}
     decode["weight_bytes"] = num_bytes(self.policy.params)
     flops = trainer.flops if trainer is not None else 0.0
+    grader = {name: now[name] - before[name] for name in now if name.startswith("grader/")}
     return {
+      "time/grade": grader.pop("grader/seconds"),
+      **grader,
       **self.gauges.take(),
       **utilisation(self._peak, flops, update_seconds, decode),
       "perf/peak_memory_gb": peak_memory_gb(),
@@ -333,10 +338,11 @@ class System:
     return totals
 
   def counters(self) -> dict[str, Any]:
-    """What sandbox, workflows and sampler of this process did since the start, for the report."""
+    """What grader, sandbox, workflows and sampler of this process did since the start."""
     sandbox = {"layers": self.sandbox.probe.layers, **self.sandbox.stats()}
     sandbox.pop("zygote_pid")
     return {
+      "grader": self.task.grader_stats(),
       "sandbox": sandbox,
       "workflows": self.executor_totals(),
       "sampler": self.policy.engine.stats(),

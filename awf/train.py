@@ -12,12 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,18 +23,19 @@ from ml_collections import ConfigDict
 
 from awf.backup import status_figures
 from awf.board import best_key, log_round, log_start, log_tree
+from awf.closing import closing_figures, compare
 from awf.hosts import Cluster
 from awf.interrupt import Interrupted, StopRequest
 from awf.progress import Progress
 from awf.scope import make_scope
-from awf.summary import closing_lines, drop_summary, read_summary, write_summary
+from awf.spent import Spent
+from awf.summary import closing_lines, drop_summary, read_summary, round_line, write_summary
 from awf.system import System
 from awf.terminal import track
-from awf.types import Rollout, UserError, WorkflowSource
+from awf.trajectories import drop_rounds_after, write_round
+from awf.types import Rollout, UserError
 
 log = logging.getLogger("awf")
-
-_COSTS = ("calls", "tokens", "cost")  # counted over all processes that worked on a run
 
 
 def run_train(config: ConfigDict, workdir: Any) -> dict[str, Any]:
@@ -67,9 +66,7 @@ class Loop:
 
     self.system, self.config, self.trains = system, system.config, trains
     self.workdir, self.hosts = system.workdir, system.hosts
-    self._others: list[dict[str, Any]] = []  # facts of the other processes, when all met last
-    self._common_seconds = 0.0  # process 0's clock then: one decides on the limit of time
-    self.start = time.perf_counter()
+    self.spent = Spent(system)
     self.progress = Progress()
     self.own_metrics = OwnMetrics(self.config.metrics)
     self.metrics = MetricsLogger(self.workdir, is_kept=self.hosts.is_writer)
@@ -136,19 +133,8 @@ class Loop:
         self.metrics.close()
 
   async def _agree(self) -> None:
-    """Waits for the other processes, before what all do together.
-
-    Raises:
-      asyncio.CancelledError: one of them was asked to stop: all do.
-    """
-    if self.hosts.size == 1:
-      return
-    mine = {"totals": self._own_totals(), "seconds": self._seconds(), "step": self.progress.step}
-    facts = await self.hosts.meet(mine)
-    if self.hosts.is_stopped:
-      raise asyncio.CancelledError
-    self._others = [f for i, f in enumerate(facts) if i != self.hosts.index]
-    self._common_seconds = facts[0]["seconds"]
+    """Waits for the other processes, before what all do together."""
+    await self.spent.agree(self.progress)
 
   async def _run(self) -> dict[str, Any]:
     self._resume()
@@ -161,7 +147,7 @@ class Loop:
     if self.hosts.is_writer:
       drop_summary(self.workdir)
     if self.trains and self.config.eval.parent_count and p.before is None:
-      before = await self._compare("before")
+      before = await compare(self.system, "before")
       await self._agree()
       p.before = before
       self._save()
@@ -215,7 +201,7 @@ class Loop:
 
   async def _round(self, search, epoch: int) -> None:
     p, started = self.progress, time.perf_counter()
-    before, best_before = self._totals(), best_key(search)
+    before, best_before = self.spent.totals(p), best_key(search)
     self.system.gauges.restart()
     result = await search.round()
     searched = time.perf_counter()
@@ -226,9 +212,10 @@ class Loop:
     share = result.metrics["mcts/valid_rate"]
     p.valid_first = share if math.isnan(p.valid_first) else p.valid_first
     p.valid_last = share
-    self._write_trajectories(result)
+    if self.hosts.is_writer:
+      write_round(self.workdir.trajectories, p.step, result.records)
     self._check_time_limit()
-    totals = self._totals()
+    totals = self.spent.totals(p)
     tokens, jobs = totals["tokens"] - before["tokens"], totals["jobs"] - before["jobs"]
     timings = {
       "time/search": searched - started,
@@ -252,7 +239,7 @@ class Loop:
     saved = self.system.gauges.take_part("checkpoint")
     if saved:
       self.metrics.log(p.step, {}, saved, epoch=epoch)
-    self._say(p.step, results, timings, best.score)
+    log.info("%s", round_line(p.step, self.total_rounds, results, timings, best.score))
     self.report.update(self._parts)
 
   def _parts(self) -> dict[str, Any]:
@@ -305,93 +292,22 @@ class Loop:
 
   def _check_time_limit(self) -> None:
     limit = self.config.train.minutes
-    seconds = self._seconds() if self.hosts.size == 1 else self._common_seconds
-    if limit and seconds >= 60 * limit:
+    if limit and self.spent.deciding_seconds(self.progress) >= 60 * limit:
       self.progress.is_stopped, self.progress.limit = True, limit
       log.info("config.train.minutes: the limit of %g minutes is reached", limit)
 
-  # ---- comparison and end ----
-
-  async def _compare(self, when: str) -> dict[str, Any]:
-    from awf.compare import score_proposals
-
-    started = time.perf_counter()
-    with track(f"proposals {when} training"):
-      scored = await score_proposals(self.system)
-    log.info(
-      "proposals %s training: score %.3f, valid %.2f (%.0f s)",
-      when, scored.mean, scored.valid_rate, time.perf_counter() - started,
-    )  # fmt: skip
-    return dataclasses.asdict(scored)
+  # ---- the end ----
 
   async def _finish(self) -> dict[str, Any]:
-    from awf.compare import Proposals, gain
-    from awf.evaluate import evaluate, test_problems, write_best
-
-    p, config = self.progress, self.config
-    figures: dict[str, Any] = {}
-    after = None
-    if p.before is not None:
-      after = await self._compare("after")
-      figures = gain(Proposals(**p.before), Proposals(**after), config.eval.bootstrap, config.seed)
-    else:
-      figures = {
-        "proposal_score_before": None, "proposal_score_after": None, "proposal_gain_interval": None,
-        "valid_rate_first": p.valid_first, "valid_rate_last": p.valid_last,
-      }  # fmt: skip
-    best = await self.scope.best(p, self.search)
-    source = WorkflowSource(best["graph"], best["prompt"])
-    folder = Path(self.workdir / "best")
-    if self.hosts.is_writer:
-      write_best(self.workdir, source, {"score": best["score"], "node": best["node"]})
-    tested = await evaluate(
-      self.system,
-      {"seed": self.system.seed_source, "best": source},
-      test_problems(self.system),
-      1,
+    p = self.progress
+    cost = lambda: self.spent.figures(p)  # noqa: E731
+    summary, comparison = await closing_figures(
+      self.system, self.scope, self.search, p, self._agree, cost
     )
-    await self._agree()
-    summary = {
-      "seed_score": best["seed_score"],
-      "best_score": best["score"],
-      "test_score_seed": tested["seed"]["score"],
-      "test_score_best": tested["best"]["score"],
-      "test_interval_best": tested["best"]["interval"],
-      **figures,
-      **self.scope.figures(p),
-      "trainable_share": self.system.policy.trainable_share,
-      "updates": p.updates,
-      "skipped_updates": p.skipped,
-      "rounds": p.step,
-      "stages": self._stages_run(),
-      **self._cost(),
-      "workdir": str(self.workdir),
-      "best_workflow": str(folder / "graph.py"),
-    }
     if self.hosts.is_writer:
-      write_summary(self.workdir, summary, {"before": p.before, "after": after})
+      write_summary(self.workdir, summary, comparison)
     self._close(summary)
     return summary
-
-  def _stages_run(self) -> dict[str, bool]:
-    """Which parts of the loop have really run."""
-    return {
-      "search": self.progress.step > 0,
-      "grpo": self.progress.updates + self.progress.skipped > 0,
-      "checkpoint": any(Path(self.workdir.checkpoints).iterdir()),
-      "eval": True,
-    }
-
-  def _cost(self) -> dict[str, Any]:
-    totals, seconds = self._totals(), self._seconds()
-    return {
-      "llm_calls": totals["calls"],
-      "tokens": totals["tokens"],
-      "cost_usd": round(totals["cost"], 6),
-      "tokens_per_second": round(totals["tokens"] / seconds, 1),
-      "problems_per_hour": round(3600 * totals["jobs"] / (time.perf_counter() - self.start), 0),
-      "wall_seconds": round(seconds, 1),
-    }
 
   def _close(self, summary: dict[str, Any]) -> None:
     self.metrics.close()
@@ -429,7 +345,7 @@ class Loop:
     if last and self.progress.episode >= self.episodes:
       more = last["search"]["rounds_done"] < self.config.search.rounds
       if more and last.get("limits") != self._limits():  # more rounds were asked for
-        kept = {name: extra["progress"].get(name, 0) for name in ("seconds", *_COSTS)}
+        kept = self.spent.carried(extra["progress"])
         self.progress = Progress(**{**last["progress"], **kept})
         search, rows = last["search"], last["rows"]
     if search is not None:
@@ -454,12 +370,8 @@ class Loop:
   def _save(self) -> None:
     if self.hosts.size > 1:  # what ended at a limit of time on one process ends so on all
       self.system.load_state_dict(self._all_states())
-    totals = self._totals()
-    kept = dataclasses.replace(
-      self.progress, seconds=self._seconds(), **{name: totals[name] for name in _COSTS}
-    )
     extra = {
-      "progress": dataclasses.asdict(kept),
+      "progress": dataclasses.asdict(self.spent.kept(self.progress)),
       "search": None if self.search is None else self.search.state_dict(),
       "finished": self._finished if self.search is None else None,
       "rows": self.metrics.position,
@@ -478,57 +390,6 @@ class Loop:
 
     return merged([f["state"] for f in self.hosts.meet_now({"state": self.system.state_dict()})])
 
-  def _seconds(self) -> float:
-    return self.progress.seconds + time.perf_counter() - self.start
-
-  def _totals(self) -> dict[str, Any]:
-    """Executor calls, generated tokens and USD, earlier runs included; of this one alone executed
-    problems, the engines' decode steps and the seconds that they were busy.
-
-    Those of other processes are as they were when all met last.
-    """
-    rows = [self._own_totals(), *(f["totals"] for f in self._others)]
-    total = {name: sum(row[name] for row in rows) for name in rows[0]}
-    for name in _COSTS:
-      total[name] += getattr(self.progress, name)
-    return total
-
-  def _own_totals(self) -> dict[str, Any]:
-    engine, executor = self.system.policy.engine.stats(), self.system.executor_totals()
-    return {
-      "calls": executor.get("llm_calls", 0),
-      "tokens": self.system.tokens(),
-      "cost": self.system.cost(),
-      "jobs": executor.get("jobs", 0),
-      "steps": int(engine["steps"]),
-      "busy_seconds": engine["busy_seconds"],
-    }
-
-  def _write_trajectories(self, result) -> None:
-    """One file per round, written whole: a repeated round replaces it."""
-    if not self.hosts.is_writer:
-      return
-    folder = Path(self.workdir.trajectories)
-    folder.mkdir(exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in result.records)
-    temporary = folder / ".new"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder / f"round_{self.progress.step:04d}.jsonl")
-
   def _drop_trajectories(self) -> None:
-    """Takes away the files of rounds that are still to come."""
-    if not self.hosts.is_writer:
-      return
-    for file in Path(self.workdir.trajectories).glob("round_*.jsonl"):
-      if int(file.stem.removeprefix("round_")) > self.progress.step:
-        file.unlink()
-
-  def _say(self, step: int, results, timings, best: float) -> None:
-    left = (self.total_rounds - step) * timings["time/step"]
-    loss = results.get("loss", math.nan)
-    log.info(
-      "round %d of %d: best %.3f, reward %.3f, valid %.2f, loss %.4f, %.0f tokens/s, %.0f s, "
-      "about %d:%02d left",
-      step, self.total_rounds, best, results["reward"], results["mcts/valid_rate"], loss,
-      timings["perf/tokens_per_second"], timings["time/step"], left // 60, left % 60,
-    )  # fmt: skip
+    if self.hosts.is_writer:
+      drop_rounds_after(self.workdir.trajectories, self.progress.step)

@@ -71,6 +71,7 @@ class Grade:
   correct: bool
   answer: str  # what was extracted from the response, capped
   reason: str = ""
+  failure: FailureKind | None = None  # kept the answer from being read or compared
 
 
 @dataclasses.dataclass(frozen=True)

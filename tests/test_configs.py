@@ -57,6 +57,8 @@ def test_every_config_loads_and_its_smoke_run_needs_only_what_ships(name):
     path = get_field(smoke, field)
     assert not path or (ROOT / path).is_file(), field
   assert smoke.search.rounds * smoke.search.parents * smoke.grpo.group_size <= 8
+  # One compiled sampler serves all of them.
+  assert smoke.sampler == load_config("configs/quickstart.py:smoke").sampler
 
 
 @pytest.mark.parametrize("name", TASKS)

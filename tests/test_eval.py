@@ -1,5 +1,6 @@
 """Mode eval after a search: the choice of the best, self-consistency, intervals, tokens, costs."""
 
+import contextlib
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from awf.evaluate import _Outcome, run_eval, voted
 from awf.search.adopt import ADOPTED
 from awf.search.choose import Choice, choose, lower_bound, read_trees, seed_of
 from awf.search.tree import NO_NODE, Node, Tree
+from awf.terminal import track
 from awf.train import run_search
 from awf.types import Failure, WorkflowSource
 from awf.workdir import Workdir
@@ -105,6 +107,15 @@ def evaluated(tmp_path_factory):
   level = log.level
   log.setLevel(logging.INFO)
   log.addHandler(handler)
+
+  @contextlib.contextmanager
+  def told(*args, **kwargs):
+    with track(*args, **kwargs) as stage:
+      yield stage
+      lines.append(stage.amount() + " of the " + stage.name)
+
+  patch = pytest.MonkeyPatch()
+  patch.setattr("awf.evaluate.track", told)
   for mode, function in (("search", run_search), ("eval", run_eval)):
     argv = readme_flags() if mode == "eval" else ["--mode=search"]
     command = cli.parse([*argv, *SMALL, f"--workdir={folder}"])
@@ -112,6 +123,7 @@ def evaluated(tmp_path_factory):
     with Workdir(command.workdir) as workdir:
       workdir.open(command.config, mode)
       results.append(function(resolve_paths(command.config), workdir))
+  patch.undo()
   log.removeHandler(handler)
   log.setLevel(level)
   return *results, lines, folder
@@ -120,6 +132,9 @@ def evaluated(tmp_path_factory):
 def test_one_flow_from_a_search_to_the_comparison(evaluated):
   searched, figures, lines, folder = evaluated
   assert json.loads(cli.json_line(figures)) == json.loads((folder / "eval.json").read_text())
+  graded = figures["grader"]  # four contenders, and five votes of the fifth
+  assert 0 < graded["graded"] <= (4 + 5) * 3 * 2 and graded["errors"] == 0
+  assert "6/6 of the test split" in lines and "30/30 of the test split" in lines
   rows = figures["contenders"]
   assert list(rows) == ["best", "seed", "plain", "chain_of_thought", "self_consistency@5"]
   for row in rows.values():

@@ -96,12 +96,13 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, crash_at):
 
 def test_timings_keep_out_of_results_wherever_they_are_passed(tmp_path):
   with MetricsLogger(tmp_path, tensorboard=False) as metrics:
-    metrics.log(0, {"perf/tokens_per_second": 9.0, "x": 1})
+    metrics.log(0, {"perf/tokens_per_second": 9.0, "x": 1, "grader/timeouts": 2})
     metrics.log(1, {}, {"time/step": 2.0})
   assert [set(row) for row in read_rows(tmp_path / "metrics.jsonl")] == [
     {"level", "epoch", "step", "x"}
   ]
   timings = read_rows(tmp_path / "timings.jsonl")
+  assert timings[0]["grader/timeouts"] == 2.0
   assert timings[0]["perf/tokens_per_second"] == 9.0 and timings[1]["time/step"] == 2.0
 
 

@@ -3,11 +3,14 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import CACHE, ROOT
+
+from configs.common import MODELS
 
 NOTEBOOK = ROOT / "colab.ipynb"
 MAX_LINES = 20
@@ -43,6 +46,17 @@ def test_the_notebook_is_clean_and_readable():
   )  # fmt: skip
   for part in parts:
     assert part in titles, part
+
+
+def test_a_model_that_it_picks_fits_by_the_table_of_the_readme():
+  """The memory from which it takes a model is at least the planned peak of the whole run."""
+  (line,) = [x for c in cells("code") for x in c["source"] if x.startswith("MODELS = ")]
+  picked = re.findall(r'\(([\d.]+), "([\w.-]+)"\)', line)
+  assert len(picked) == 3 and picked == sorted(picked, key=lambda row: -float(row[0]))
+  table = re.findall(r"^\| (Qwen\S+) \| \w+ \| ([\d.]+) ·", (ROOT / "README.md").read_text(), re.M)
+  peaks = {f"Qwen/{name}": float(peak) for name, peak in table}
+  for least, name in picked:
+    assert peaks[MODELS[name]] < float(least)
 
 
 @pytest.fixture(scope="module")

@@ -165,6 +165,10 @@ def test_a_comparison_past_its_time_is_unequal_and_the_next_one_works():
     slow = "\\int_0^1 \\sin(x^7) \\cos(x^5) \\tan(x^3) dx"
     equal, reason = comparer.equal(slow, "\\sqrt{\\pi}+" + slow)
     assert not equal and "did not end" in reason
+    comparing = NumericComparisonValidator()
+    comparing._latex = comparer
+    slow_grade = comparing.validate(f"\\boxed{{{slow}}}", "\\sqrt{\\pi}+" + slow)
+    assert (slow_grade.correct, slow_grade.failure) == (False, "timeout")
     assert comparer._process is None  # ended by its processor time, long before the wall's limit
     comparer.seconds = 20.0
     assert comparer.equal("\\sqrt{4}", "2") == (True, "")

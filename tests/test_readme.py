@@ -137,7 +137,7 @@ def test_every_field_that_a_page_sets_takes_that_value(page):
     for name in re.findall(r"--config\.([\w.]+)=", span):
       rule = RULES.get(name)
       assert rule is None or rule.holds(get_field(config, name)), f"{page}: {span}"
-  assert page != "README.md" or "--config.lora.paths=a=DIR,b=DIR" in text
+  assert page != "docs/models.md" or "--config.lora.paths=a=DIR,b=DIR" in text
 
 
 def test_a_command_or_a_block_that_no_test_knows_is_noticed(folder):
@@ -197,6 +197,17 @@ def test_every_mode_has_its_line_and_every_config_is_named():
   for path in (ROOT / "configs").glob("*.py"):
     if path.stem not in ("__init__", "args", "base", "common"):
       assert re.search(rf"configs/(\w+|\{{[\w,]*\b{path.stem}\b[\w,]*\}})", text), path.stem
+
+
+def test_a_newcomer_reads_the_readme_in_five_minutes():
+  text = (ROOT / "README.md").read_text()
+  for part in ("Start", "First results", "AIME on Colab", "Extend", "Beside others", "Limits"):
+    assert f"\n## {part}\n" in text
+  prose = re.sub(r"^```.*?^```$|^\|.*?$", "", text, flags=re.DOTALL | re.MULTILINE)
+  assert 500 < len(prose.split()) <= 1500
+  section = text.split("\n### From AFlow\n")[1].split("\n### ")[0]
+  ways = re.findall(r"^```\w*\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+  assert len(ways) == 3 and all(way.count("\n") <= 5 for way in ways)
 
 
 def test_the_list_of_files_names_files_that_are_there():

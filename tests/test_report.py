@@ -93,13 +93,14 @@ def test_page_of_a_whole_run(tmp_path):
   better = WorkflowSource("class Workflow:\n  a = 2", 'P = "y"')
   failed = node(4, 1, failure=Failure("format", "no graph tag"), stage="format")
   write_run(tmp_path, [node(1, 0, 0.25), node(2, 1, 0.5), node(3, 2, 0.75, source=better), failed])
-  contender = {"score": 0.75, "interval": [0.5, 0.9], "pass_at_k": {"1": 0.75}}
+  contender = {"score": 0.75, "interval": [0.5, 0.9], "pass_at_k": {"1": 0.75, "4": 0.875}}
   (tmp_path / "eval.json").write_text(
-    json.dumps({"contenders": {"best": contender}, "problems": 9})
+    json.dumps({"contenders": {"best": contender}, "problems": 9, "grader": {"graded": 54}})
   )
   text = write_report(tmp_path).read_text()
   page = Page(text)
   shown = " ".join(page.text)
+  assert 'aria-label="pass@k on the test split"' in text
   for expected in (
     "NANO: seed",
     "0.25",
@@ -108,6 +109,8 @@ def test_page_of_a_whole_run(tmp_path):
     "no graph tag",
     "2 / 3",
     "0.5 to 0.9",
+    "@1 0.75, @4 0.875",
+    "Answers graded: 54; malformed: –;",
   ):
     assert expected in shown
   assert '<span class="del">-  a = 1</span>' in text and '<span class="add">+  a = 2</span>' in text
@@ -261,7 +264,10 @@ def test_two_thousand_nodes_in_a_page_of_less_than_five_megabytes(tmp_path):
   }  # fmt: skip
   assert kept["low"][1] <= kept["score"][1] <= kept["high"][1]
   shown = " ".join(Page(text).text)
-  for expected in ("Tokens generated", "drawing proposals", "answers graded", "git checkout"):
+  for expected in (
+    "Tokens generated", "drawing proposals", "answers graded", "git checkout",
+    "pass@k of the proposals", "pass@1", "pass@4", "pass@8",
+  ):  # fmt: skip
     assert expected in shown
 
 
@@ -322,10 +328,19 @@ def test_the_page_of_a_run_that_goes_on_takes_a_small_share_of_its_time(tmp_path
   live = LiveReport(tmp_path, [Problem("p", "What is 3 + 3?", "6")], clock=lambda: next(now))
   parts = {"sandbox": {"jobs": 12, "layers": {"seccomp": True}}, "workflows": {}, "sampler": {}}
   parts["before"] = {"scores": {"0": [0.25, 0.5]}}
+  parts["grader"] = {"graded": 91, "malformed": 3, "timeouts": 2, "errors": HOSTILE, "seconds": 4.5}
   assert live.update(lambda: parts)  # took 1 s: none for 19
   assert not live.update(lambda: parts)
   text = (tmp_path / "report.html").read_text()
   shown = " ".join(Page(text).text)
+  for part in (
+    "verdicts 91",
+    "nothing could be read 3",
+    "comparison 2",
+    "no verdict –",
+    "work 4.5",
+  ):
+    assert part in shown
   assert "layers on seccomp" in shown and "The run has not ended" in shown
   assert data_of(text)["problems"] == {"p": "What is 3 + 3?"}
   assert json.loads((tmp_path / "problems.json").read_text()) == {"p": "What is 3 + 3?"}
@@ -357,6 +372,15 @@ def test_what_was_learned_stands_in_the_page_once_a_run_has_ended(tmp_path):
   for text in ("0.4375", "0.6875", "0.125 to 0.375", "128 proposals for 16", "0.9375", "0.0625"):
     assert text in shown
   assert "among valid ones" not in shown  # not in this summary
+  compared = {
+    "before": {"scores": {"0": [0.25, 0.75], "1": [1.0]}},
+    "after": {"scores": {"0": [1.0, None], "1": [0.5]}},
+  }
+  (tmp_path / "summary.json").write_text(json.dumps(summary | {"comparison": compared}))
+  text = write_report(tmp_path).read_text()
+  for kind, value in (("before", "0.5"), ("after", "1"), ("before", "1"), ("after", "0.5")):
+    assert f"<title>{kind} {value}</title>" in text
+  assert text.count('<line class="gain"') == text.count('<line class="loss"') == 1
   # Figures of a foreign or damaged file cost their row, never the page.
   broken = summary | {"proposal_gain_interval": "x", "proposal_score_after": {"a": 1}}
   (tmp_path / "summary.json").write_text(json.dumps(broken))

@@ -1,5 +1,6 @@
 """The report page in a real browser: it loads, opens nodes, and runs nothing that a model wrote."""
 
+import html
 import json
 
 import pytest
@@ -128,6 +129,12 @@ def test_pointer_and_keys(browser, page):
   browser.click(*spot)
   assert heading(browser).endswith("the best")
   best = browser.value("location.hash")
+  panel = browser.value("document.querySelector('.panel').textContent")
+  for part in (
+    "95 % interval", "40 problems", "✓ full", "model calls to judge it", "tokens of proposals",
+    "Changes to its parent", "Workflow", "Prompts", "not solved",
+  ):  # fmt: skip
+    assert part in panel, part
   browser.value("document.querySelector('.canvas').focus()")
   browser.key("ArrowLeft")
   browser.key("Enter")
@@ -158,11 +165,31 @@ def test_pointer_and_keys(browser, page):
   assert browser.faults == []
 
 
+def test_a_notebook_shows_it_in_a_frame(browser, page, tmp_path):
+  """As colab.ipynb does: the frame has no address, which opening a node would write to."""
+  outside = tmp_path / "notebook.html"
+  text = html.escape(page.read_text(encoding="utf-8"))
+  outside.write_text(f'<html data-ready="1"><iframe srcdoc="{text}" height="700"></iframe></html>')
+  browser.open(outside)
+  browser.wait("frames[0].document.documentElement.dataset.ready")
+  browser.value(
+    "[...frames[0].document.querySelectorAll('button')].find(b => b.textContent === 'best').click()"
+  )
+  assert browser.value("frames[0].document.activeElement.textContent").endswith("the best")
+  assert browser.value("typeof frames[0].hacked") == "undefined" and browser.faults == []
+
+
 def test_phone_and_print_and_colours(browser, page, tmp_path):
   browser.open(page)
   press(browser, "best")
   browser.resize(390, 844)
   assert browser.value("document.documentElement.scrollWidth") <= 390
+  lines = browser.value(
+    "[...document.querySelectorAll('.charts td.n')].map(cell => { const range = "
+    "document.createRange(); range.selectNodeContents(cell); "
+    "return range.getClientRects().length })"
+  )
+  assert len(lines) > 5 and set(lines) == {1}  # no number is broken
   browser.resize(1280, 900)
   colour = "getComputedStyle(document.body).backgroundColor"
   browser.dress("light")

@@ -1,6 +1,7 @@
 """Data sets: files, splits, grading (code in the real sandbox), statistics, the evaluator."""
 
 import asyncio
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -29,7 +30,9 @@ from awf.tasks import (
   stats,
 )
 from awf.tasks.code import find_solution
+from awf.tasks.counted import CountedTask
 from awf.tasks.humaneval import public_tests
+from awf.terminal import track
 from awf.types import Grade, Problem, UserError
 
 SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -168,6 +171,47 @@ def test_an_empty_split_is_a_mistake(tmp_path):
     aime(write(tmp_path / "b", one_sided)).split_dataset()
 
 
+# ---- counters ----
+
+
+class SlowTask(AIMEEvaluator):
+  """Real grading that takes a second of the clock; some responses break the grader."""
+
+  now = 0.0
+
+  async def grade(self, problem, response):
+    type(self).now += 0.5
+    await asyncio.sleep(0)
+    type(self).now += 0.5
+    if response == "lost":
+      return Grade(math.nan, False, "", "infrastructure: gone", "infrastructure")
+    if response == "raise":
+      raise OSError("no helper")
+    if response == "slow":
+      return Grade(0.0, False, "x", "the symbolic comparison did not end", "timeout")
+    return await super().grade(problem, response)
+
+
+def test_what_a_grader_does_is_counted():
+  task = CountedTask(SlowTask(TaskConfig("aime")), lambda: SlowTask.now)
+  problem = task.to_problem({"problem": "1 + 2?", "answer": 3}, 0)
+  assert task.name == "aime" and not any(task.grader_stats().values())
+
+  async def run():
+    grades = [task.grade(problem, r) for r in ("3", "it is 4", "no idea", "slow", "lost", "raise")]
+    return await asyncio.gather(*grades, return_exceptions=True)
+
+  grades = asyncio.run(run())
+  assert [g.correct for g in grades[:4]] == [True, False, False, False]
+  assert isinstance(grades[5], OSError)  # counted, and told
+  # Six at once: one second of the clock each, but their time overlaps.
+  assert task.grader_stats() == {
+    "graded": 4, "right": 1, "malformed": 1, "timeouts": 1, "errors": 2, "seconds": SlowTask.now,
+  }  # fmt: skip
+  asyncio.run(task.grade(problem, "3"))
+  assert task.grader_stats()["graded"] == 5 and task.grader_stats()["seconds"] == 7.0
+
+
 # ---- registry ----
 
 
@@ -231,13 +275,23 @@ def server(tmp_path, monkeypatch):
   thread.join()
 
 
-def test_download_checks_unpacks_and_caches(server):
+def test_download_checks_unpacks_and_caches(server, monkeypatch):
   url, files = server
+  shown = []
+
+  @contextlib.contextmanager
+  def told(*args, **kwargs):
+    with track(*args, **kwargs) as stage:
+      shown.append(stage)
+      yield stage
+
+  monkeypatch.setattr(download, "track", told)
   raw = gzip.compress(GOOD.encode())
   (files / "d.jsonl.gz").write_bytes(raw)
   source = download.Source(f"{url}/d.jsonl.gz", hashlib.sha256(raw).hexdigest())
   found = download.fetch(source)
   assert found.read_text() == GOOD and found.suffix == ".jsonl"
+  assert [(s.name, s.done, s.total) for s in shown] == [("download d.jsonl.gz", len(raw), len(raw))]
   (files / "d.jsonl.gz").unlink()
   assert download.fetch(source) == found  # from the cache
   (files / "d.jsonl.gz").write_bytes(raw + b"x")
@@ -549,6 +603,7 @@ def test_code_is_judged_where_it_cannot_reach_its_judge(add_task, response, corr
   grade = asyncio.run(add_task.grade(add_task.load_dataset()[0], response))
   assert grade.correct is correct and grade.score == float(correct)
   assert grade.reason.startswith(reason) and "secret" not in grade.reason
+  assert reason not in ("timeout", "format", "policy") or grade.failure == reason
 
 
 def test_many_gradings_at_once_do_not_wait_for_each_other(add_task):

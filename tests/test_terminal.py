@@ -17,6 +17,7 @@ from awf import terminal
 from awf.banner import banner_lines, memory_line, update_bytes
 from awf.chips import GIB
 from awf.plan_ideal import bytes_of
+from awf.summary import round_line
 from awf.terminal import Handler, Stage, clock, count_tokens, open_stages, show, track
 
 SCRIPT = """
@@ -186,3 +187,14 @@ def test_the_memory_line_says_whether_it_fits():
   ):
     assert words in memory_line(14.0 * GIB, added, limit), limit
   assert "update" not in memory_line(14.0 * GIB, {}, 16.0 * GIB)
+
+
+def test_a_round_is_one_line_without_the_loss_of_no_training():
+  results = {"reward": 0.38771, "mcts/valid_rate": 0.875, "loss": -0.02841}
+  timings = {"time/step": 13.6, "perf/tokens_per_second": 363.2}
+  assert round_line(2, 10, results, timings, 0.5) == (
+    "round 2 of 10: best 0.500, reward 0.388, valid 0.88, loss -0.0284, 363 tokens/s, 14 s, "
+    "about 1:48 left"
+  )
+  del results["loss"]
+  assert "valid 0.88, 363 tokens/s" in round_line(2, 10, results, timings, 0.5)

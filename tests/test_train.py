@@ -38,7 +38,7 @@ RESULTS = (
 )  # fmt: skip
 TIMINGS = (
   "perf/tokens_per_second", "perf/mfu", "perf/mbu", "perf/peak_memory_gb", "time/search",
-  "time/rollout", "time/evaluate", "time/update", "time/step",
+  "time/rollout", "time/evaluate", "time/grade", "time/update", "time/step", "grader/graded",
 )  # fmt: skip
 
 
@@ -68,7 +68,9 @@ def test_a_run_reports_every_figure_and_leaves_every_file(whole):
   assert (folder / "workspace/NANO/workflows/results.json").is_file()
   rows = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
   assert [r["step"] for r in rows if r["level"] == "batch"] == [1, 2]
-  assert not [name for row in rows for name in row if name.startswith(("time/", "perf/"))]
+  assert not [
+    name for row in rows for name in row if name.startswith(("time/", "perf/", "grader/"))
+  ]
 
 
 def read(path):
@@ -131,6 +133,11 @@ def test_timings_name_every_part_and_add_up(whole):
     assert row["time/step"] == pytest.approx(row["time/search"] + row["time/update"])
     assert max(row["time/rollout"], row["time/evaluate"]) <= row["time/search"]
     assert row["perf/mfu"] < 1.5  # of a measured peak
+    assert row["time/grade"] <= row["time/search"] and row["grader/errors"] == 0
+  counters = json.loads((whole[0] / "parts.json").read_text())["grader"]
+  # The comparison before and after, and the test at the end, have answers graded too.
+  assert counters["graded"] > sum(row["grader/graded"] for row in rounds)
+  assert counters["graded"] >= counters["right"] > 0
   saved = [row["step"] for row in timings if row.get("time/checkpoint", 0.0) > 0.0]
   assert saved[:2] == [1, 2] and all("time/checkpoint" not in row for row in rounds[1:])
   assert rounds[0]["perf/compile_seconds"] > 0.0

@@ -38,7 +38,9 @@ function startForest(data) {
     host.classList.add("open");
     view.choose(at);
     const number = Number(pick.value) ? `${pick.value}.` : "";
-    history.replaceState(null, "", `#node=${number}${view.search.nodes.id[at]}`);
+    // A notebook's frame (about:srcdoc) has no address of its own, and refuses one.
+    const hash = `#node=${number}${view.search.nodes.id[at]}`;
+    if (location.protocol !== "about:") history.replaceState(null, "", hash);
     if (focus) panel.querySelector("h3").focus();
   }
 

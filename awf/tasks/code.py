@@ -135,4 +135,5 @@ class CodeEvaluator(DatasetEvaluator):
     if failure is None:
       return Grade(1.0, True, shown)
     score = float("nan") if failure.kind == "infrastructure" else 0.0
-    return Grade(score, False, shown, f"{failure.kind}: {failure.message}")
+    kind = None if failure.kind == "wrong" else failure.kind
+    return Grade(score, False, shown, f"{failure.kind}: {failure.message}", kind)

@@ -13,6 +13,7 @@ import os
 import pathlib
 import tempfile
 
+from awf.terminal import track
 from awf.types import UserError
 
 MAX_BYTES = 100 << 20
@@ -112,12 +113,16 @@ def _get(url: str) -> bytes:
   import httpx
 
   try:
-    with httpx.stream("GET", url, follow_redirects=True, timeout=30.0) as response:
+    with (
+      httpx.stream("GET", url, follow_redirects=True, timeout=30.0) as response,
+      track(f"download {url.rsplit('/', 1)[-1]}", unit="B") as shown,
+    ):
       response.raise_for_status()
-      chunks, size = [], 0
+      shown.total = float(response.headers.get("Content-Length", 0)) or None
+      chunks = []
       for chunk in response.iter_raw():
-        size += len(chunk)
-        if size > MAX_BYTES:
+        shown.advance(len(chunk))
+        if shown.done > MAX_BYTES:
           raise UserError(f"{url} is larger than {MAX_BYTES} bytes: set config.task.path to a file")
         chunks.append(chunk)
   except (httpx.HTTPError, OSError) as error:

@@ -12,6 +12,7 @@ import sys
 import threading
 
 MAX_CHARS = 300
+NO_END = "the symbolic comparison did not end"
 WALL = 6  # a helper that waits, or is kept from running, has this many times its processor time
 _WORKER = pathlib.Path(__file__).with_name("latex_worker.py")
 # Math only: no quotes, attribute access or calls by name could reach a parser that evaluates.
@@ -94,7 +95,7 @@ class LatexComparer:
       reply = None
     if reply is None:
       self.close()
-      return False, "the symbolic comparison did not end"
+      return False, NO_END
     return bool(json.loads(reply)["equal"]), ""
 
   @staticmethod

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from awf.tasks import quantities
-from awf.tasks.latex import LatexComparer
+from awf.tasks.latex import NO_END, LatexComparer
 from awf.types import Grade, UserError
 
 MAX_RESPONSE_CHARS = 100_000  # only the end of a longer response is read
@@ -220,7 +220,8 @@ class NumericComparisonValidator:
 
   @staticmethod
   def _grade(found: Extraction, equal: bool, reason: str) -> Grade:
-    return Grade(float(equal), equal, found.text[:MAX_ANSWER_CHARS], reason)
+    failure = "timeout" if reason == NO_END else None
+    return Grade(float(equal), equal, found.text[:MAX_ANSWER_CHARS], reason, failure)
 
 
 def _plain(text: str) -> str:

@@ -32,7 +32,7 @@ LONGEST = ("test_train", "test_notebook", "test_scope", "test_backup", "test_cli
 # Compiled quickly (quick_compile.py): formulas within tolerances, arrays and costs of programs,
 # loops whose figures are counted. Bits, commands and resumed runs: compiled as users do.
 QUICK = """
-  grpo_algorithms learner quant sft
+  grpo_algorithms learner plan quant sft
 """.split()
 
 # The reference implementation is installed by .ci/run only.

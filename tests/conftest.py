@@ -32,7 +32,8 @@ LONGEST = ("test_train", "test_notebook", "test_scope", "test_backup", "test_cli
 # Compiled quickly (quick_compile.py): formulas within tolerances, arrays and costs of programs,
 # loops whose figures are counted. Bits, commands and resumed runs: compiled as users do.
 QUICK = """
-  grpo_algorithms learner plan quant sft
+  eval export extend gauges grpo grpo_algorithms grpo_formulas grpo_oracles grpo_rows hf hlo_cost
+  hosts learner load nano one_copy plan quant qwen remote resume sft sharded
 """.split()
 
 # The reference implementation is installed by .ci/run only.

@@ -24,7 +24,7 @@ run: $(VENV)/.stamp-run
 	$(BIN)/python launch.py --config=configs/quickstart.py $(ARGS)
 
 test: $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 
 test-kill: $(VENV)/.stamp-dev
 	$(BIN)/python tests/save_crashes.py

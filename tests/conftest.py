@@ -6,6 +6,9 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+from quick_compile import set_quick
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -23,6 +26,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 CACHE = ROOT / ".cache"
 os.environ["AWF_CACHE"] = str(CACHE)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# Files that take longest come first, so that two processes end together (Makefile).
+LONGEST = ("test_train", "test_notebook", "test_scope", "test_backup", "test_cli", "test_sampler")
+# Compiled quickly (quick_compile.py): formulas within tolerances, arrays and costs of programs,
+# loops whose figures are counted. Bits, commands and resumed runs: compiled as users do.
+QUICK = """
+  eval export extend gauges grpo grpo_algorithms grpo_formulas grpo_oracles grpo_rows hf hlo_cost
+  hosts learner load nano one_copy plan quant qwen remote resume sft sharded
+""".split()
 
 # The reference implementation is installed by .ci/run only.
 collect_ignore = [] if importlib.util.find_spec("torch") else ["parity"]
@@ -47,3 +59,21 @@ def pytest_configure(config):
   setup_jax()
   if len(jax.devices()) != 8:
     raise RuntimeError(f"expected 8 virtual CPU devices, got {jax.devices()}")
+
+
+def is_quick(item):
+  in_list = item.path.stem.removeprefix("test_") in QUICK
+  return in_list and not item.get_closest_marker("usual_compile")
+
+
+def pytest_collection_modifyitems(items):
+  """Longest files first, then those that compile alike, each in its own order."""
+  rank = {name: i for i, name in enumerate(LONGEST)}
+  files = {item.path: is_quick(item) for item in reversed(items)}
+  items.sort(key=lambda item: (rank.get(item.path.stem, len(rank)), files[item.path]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """Before the fixtures of the file."""
+  set_quick(is_quick(item))

@@ -1,7 +1,10 @@
 """A run of the whole loop in seconds, and what of its files must not depend on interruptions."""
 
+import fcntl
 import json
+import os
 import re
+import shutil
 
 from awf.checkpoint import Checkpointer
 from awf.config_io import load_config
@@ -29,6 +32,22 @@ def small(rounds=2, **changes):
   c.mesh.data = 1
   c.update_from_flattened_dict(changes)
   return c
+
+
+def made_once(tmp_path_factory, name, make):
+  """(folder, figures) of a run that all processes of a test session share; none may change it.
+
+  The first that asks makes it, `make(folder)` gives its figures; the others wait for it.
+  """
+  top = tmp_path_factory.getbasetemp()
+  top = top.parent if os.environ.get("PYTEST_XDIST_WORKER") else top
+  folder, figures = top / name, top / f"{name}.json"
+  with open(top / f"{name}.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not figures.is_file():
+      shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+      figures.write_text(json.dumps(make(folder), default=float))
+  return folder, json.loads(figures.read_text())
 
 
 def results(folder):

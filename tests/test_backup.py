@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kill_run import Run
-from small_run import differences, small
+from small_run import differences
 from test_cli import run, sft_argv, text  # noqa: F401  a fixture
-from test_train import run as run_train_in
+from test_train import whole_run
 
 from awf import backup, snapshot
 from awf.backup import BackupManager, check_target, read_status, run_id, target_root
@@ -352,8 +352,10 @@ def die_once_backed_up(rollouts):
   return {}
 
 
-def test_a_run_that_lost_its_machine_is_restored_and_ends_as_if_left_alone(tmp_path, monkeypatch):
-  run_train_in(small(), tmp_path / "whole")
+def test_a_run_that_lost_its_machine_is_restored_and_ends_as_if_left_alone(
+  tmp_path, tmp_path_factory, monkeypatch
+):
+  whole, _ = whole_run(tmp_path_factory)
   target = tmp_path / "target"
   monkeypatch.setenv("AWF_TEST_TARGET", str(target))
   config = tmp_path / "config.py"
@@ -365,7 +367,7 @@ def test_a_run_that_lost_its_machine_is_restored_and_ends_as_if_left_alone(tmp_p
   again = Run(tmp_path / "elsewhere", config)
   assert again.start(f"--config.backup.path={target}", "--config.backup.restore=auto").wait() == 0
   assert "resumed after round 1 of 2" in again.output() and "restored " in again.output()
-  assert differences(again.folder, tmp_path / "whole") == []
+  assert differences(again.folder, whole) == []
   (folder,) = target.iterdir()  # the restored run goes on with its own backups
   newest = snapshots(folder)[0]
   assert newest.step == 5 and newest.is_sound()

@@ -277,6 +277,7 @@ def test_fields_of_the_objective_change_the_update(params, lora):
     assert np.abs(changed - base).max() > 1e-5, name
 
 
+@pytest.mark.usual_compile
 def test_training_raises_the_rewarded_completion_and_resumes_exactly(params, tmp_path):
   params = first_layer(params)
   rollouts = [

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import CACHE, ROOT
 from host_worker import digest, leaves, make_trainer, seen_ahead, updated
+from quick_compile import XLA_FLAGS
 
 import launch as launch_module
 from awf.checkpoint import Checkpointer
@@ -35,7 +36,7 @@ ENV = {
 
 
 # Each process compiles for itself; how well does not matter where tolerances decide.
-FAST_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+FAST_COMPILE = {"XLA_FLAGS": XLA_FLAGS}
 
 
 def free_port():

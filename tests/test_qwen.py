@@ -293,6 +293,7 @@ def test_adapter_equals_merged_weights(model):
   assert np.abs(got - logits_of(config, params, tokens)).max() > 1e-2
 
 
+@pytest.mark.usual_compile
 def test_each_row_uses_its_own_adapter(model):
   config, params = model
   tokens = jnp.tile(random_tokens((1, 6)), (3, 1))

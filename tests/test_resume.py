@@ -73,6 +73,7 @@ def test_the_room_of_a_batch_is_part_of_the_state(params):
   assert a.shape == b.shape and np.array_equal(a, b)
 
 
+@pytest.mark.usual_compile
 def test_a_step_without_finite_numbers_changes_nothing_and_is_counted(params):
   trainer = make_trainer(params)
   rollouts = make_rollouts()
@@ -90,6 +91,7 @@ def test_a_step_without_finite_numbers_changes_nothing_and_is_counted(params):
   assert same(trainer.state, before)
 
 
+@pytest.mark.usual_compile
 def test_an_infinite_reward_skips_the_update_and_a_missing_one_only_its_row(params):
   trainer = make_trainer(params)
   rollouts = make_rollouts()
@@ -113,7 +115,8 @@ def test_a_kept_batch_is_strict_json(tmp_path):
 
 def test_a_run_stops_after_too_many_updates_without_finite_numbers(tmp_path):
   """A learning rate that blows the adapter up in the first step."""
-  config = small(3, **{"optim.learning_rate": 1e30, "train.nonfinite_limit": 2})
+  changes = {"optim.learning_rate": 1e30, "train.nonfinite_limit": 2, "eval.parent_count": 0}
+  config = small(3, **changes)
   with pytest.raises(
     UserError, match=r"round 2 .*round_0002.jsonl.*config.train.nonfinite_limit = 2"
   ):

@@ -117,7 +117,6 @@ class QwenPolicy:
       strict=config.sampler.strict,
       queue=config.sampler.queue,
       decode=tokenizer.decode,
-      pad_id=tokenizer.pad_id,
       mesh=mesh,
     )
     lora = jax.device_put(lora, tree_shardings(lora, mesh)) if mesh is not None else lora

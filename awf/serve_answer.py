@@ -6,12 +6,22 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from awf.qwen.tokenizer import Tokenizer
 from awf.sampler.engine import Output, Part, Request
+from awf.sampler.generate import PolicyLike
 from awf.sampler.text import TextStream
-from awf.serve_format import Call, PolicyLike
+from awf.serve_format import Call
+
+
+class Token(NamedTuple):
+  """A drawn token with its log-prob."""
+
+  text: str
+  logprob: float
+  place: int  # in the completion's text, characters
+  top: list[tuple[str, float]]  # the likeliest at its place, if asked for
 
 
 @dataclasses.dataclass
@@ -24,8 +34,8 @@ class Choice:
   sent: int = 0  # characters
   tokens: int = 0  # drawn, the one that stopped it included
 
-  def take(self, part: Part | Output) -> tuple[str, list[tuple[str, float, int]]]:
-    """(new text that no stop string can take back, (token, log-prob, place in the text) of each).
+  def take(self, part: Part | Output) -> tuple[str, list[Token]]:
+    """(new text that no stop string can take back, its tokens where log-probs are asked for).
 
     Args:
       part: what it gained, or all of it.
@@ -38,8 +48,9 @@ class Choice:
       place = len(self.stream.text)
       self.stream.add(token_id)
       if part.full_logprobs:
-        text = self.tokenizer.decode([token_id], skip_special=False)
-        rows.append((text, part.full_logprobs[i], place))
+        top = part.top_logprobs[i] if part.top_logprobs else ()
+        texts = [(self._text(id), logprob) for id, logprob in top]
+        rows.append(Token(self._text(token_id), part.full_logprobs[i], place, texts))
     if part.finish_reason is not None:
       self.stream.close()
     end = len(self.stream.text)
@@ -48,8 +59,11 @@ class Choice:
     text = self.stream.text[self.sent : end]
     self.sent = max(self.sent, end)
     if self.stream.stop is not None:
-      rows = [row for row in rows if row[2] < end]
+      rows = [row for row in rows if row.place < end]
     return text, rows
+
+  def _text(self, token_id: int) -> str:
+    return self.tokenizer.decode([token_id], skip_special=False)
 
 
 def new_choice(policy: PolicyLike, request: Request, index: int) -> Choice:
@@ -58,20 +72,33 @@ def new_choice(policy: PolicyLike, request: Request, index: int) -> Choice:
   return Choice(index, TextStream(policy.tokenizer.decode, stop), policy.tokenizer)
 
 
-def _logprobs(call: Call, rows: list[tuple[str, float, int]]) -> dict[str, Any] | None:
-  if not call.wants_logprobs:
+def _logprobs(call: Call, rows: list[Token]) -> dict[str, Any] | None:
+  if call.top_logprobs is None:
     return None
   if call.is_chat:
     content = [
-      {"token": t, "logprob": p, "bytes": list(t.encode()), "top_logprobs": []} for t, p, _ in rows
+      {**_token(row.text, row.logprob), "top_logprobs": [_token(*one) for one in row.top]}
+      for row in rows
     ]
     return {"content": content, "refusal": None}
   return {
-    "tokens": [t for t, _, _ in rows],
-    "token_logprobs": [p for _, p, _ in rows],
-    "top_logprobs": [{t: p} for t, p, _ in rows],
-    "text_offset": [place for _, _, place in rows],
+    "tokens": [row.text for row in rows],
+    "token_logprobs": [row.logprob for row in rows],
+    "top_logprobs": [_by_text(row) for row in rows],
+    "text_offset": [row.place for row in rows],
   }
+
+
+def _by_text(row: Token) -> dict[str, float]:
+  """The drawn token, then the likeliest; of several that read alike the first."""
+  found = {row.text: row.logprob}
+  for text, logprob in row.top:
+    found.setdefault(text, logprob)
+  return found
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+  return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 def usage(call: Call, choices: Sequence[Choice]) -> dict[str, int]:

@@ -23,9 +23,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from awf.sampler.engine import Output, Part, QueueFull
+from awf.sampler.generate import PolicyLike
 from awf.sampler.stream import PartStream
 from awf.serve_answer import Answer
-from awf.serve_format import ApiError, Call, PolicyLike, parse_call
+from awf.serve_format import ApiError, Call, parse_call
 from awf.types import SamplingParams
 
 log = logging.getLogger("awf")

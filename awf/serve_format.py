@@ -7,44 +7,30 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
-from awf.qwen.config import QwenConfig
-from awf.qwen.tokenizer import Tokenizer
 from awf.sampler.engine import Engine, Request
+from awf.sampler.generate import PolicyLike
+from awf.sampler.request import JSON_NAMES, MOST_TOP, SHARED_FIELDS, is_json
 from awf.types import SamplingParams, UserError
 
 MOST_SAMPLES = 128  # n, as at OpenAI
 MOST_STOPS = 16
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 _SHARED = (
-  "model", "n", "stop", "seed", "stream", "stream_options", "max_tokens", "logprobs", *_SAMPLING,
+  *SHARED_FIELDS, "model", "stop", "stream", "stream_options", "max_tokens", "logprobs",
   "stop_token_ids", "ignore_eos",
 )  # fmt: skip
 # Fields that say nothing about the sampling, and those that may only have the value that means off.
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 _OFF: dict[str, tuple[Any, ...]] = {
-  "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "top_logprobs": (0,),
+  "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},),
   "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none",),
   "parallel_tool_calls": (True, False), "echo": (False,), "suffix": ("",), "best_of": (1,),
   "modalities": (["text"],),
 }  # fmt: skip
-_OWN = {True: ("messages", "max_completion_tokens"), False: ("prompt",)}  # of chat, of completions
-
-
-class PolicyLike(Protocol):
-  """What serving needs of `awf.policy.QwenPolicy`."""
-
-  config: QwenConfig
-  tokenizer: Tokenizer
-  engine: Engine
-
-  def prompt_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]: ...
-
-  def request(
-    self, prompt_ids: Sequence[int], sampling: SamplingParams, key: int, n: int, adapter: int
-  ) -> Request: ...
+# Fields of chat, and of completions, alone.
+_OWN = {True: ("messages", "max_completion_tokens", "top_logprobs"), False: ("prompt",)}
 
 
 class ApiError(Exception):
@@ -75,7 +61,7 @@ class Call:
   requests: tuple[Request, ...]  # one per prompt; choice i of prompt p has index p * n + i
   stream: bool
   include_usage: bool
-  wants_logprobs: bool
+  top_logprobs: int | None  # None: no log-probs at all
 
   @property
   def n(self) -> int:
@@ -106,21 +92,23 @@ def parse_call(
     message = f"The model {body['model']!r} does not exist; it is one of {known}"
     raise ApiError(404, message, "model", "model_not_found")
   prompts = [_chat_ids(body, policy)] if is_chat else _prompts(body, policy)
-  wants_logprobs = _wants_logprobs(body, is_chat)
+  top_logprobs = _top_logprobs(body, is_chat)
   n = _field(body, "n", int, 1)
   if not 1 <= n <= MOST_SAMPLES:
     raise ApiError(400, f"n: expected 1 to {MOST_SAMPLES}, got {n}", "n")
   seed = _field(body, "seed", int, None)
   key = int.from_bytes(os.urandom(8), "big") if seed is None else seed
   try:
-    sampling = _sampling(body, defaults, wants_logprobs)
+    sampling = _sampling(body, defaults, top_logprobs is not None)
     requests = []
     for i, ids in enumerate(prompts):
       most = _most_tokens(body, is_chat, len(ids), policy.engine)
       one = dataclasses.replace(sampling, max_new_tokens=most)
-      request = policy.request(ids, one, (key + i) % 2**63, n, adapter)
-      if body.get("ignore_eos"):
-        request = dataclasses.replace(request, ignore_eos=True)
+      request = dataclasses.replace(
+        policy.request(ids, one, (key + i) % 2**63, n, adapter),
+        ignore_eos=bool(body.get("ignore_eos")),
+        top_logprobs=top_logprobs or 0,
+      )
       policy.engine.check(request)
       requests.append(request)
   except ValueError as error:
@@ -128,12 +116,12 @@ def parse_call(
   options = _field(body, "stream_options", dict, None) or {}
   stream = _field(body, "stream", bool, False)
   usage = stream and bool(options.get("include_usage"))
-  return Call(is_chat, body["model"], tuple(requests), stream, usage, wants_logprobs)
+  return Call(is_chat, body["model"], tuple(requests), stream, usage, top_logprobs)
 
 
 def _check_names(body: dict[str, Any], is_chat: bool) -> None:
   for name, value in body.items():
-    if name in _OFF and not (is_chat is False and name == "top_logprobs"):
+    if name in _OFF:
       if value is not None and value not in _OFF[name]:
         if not (name == "best_of" and value == body.get("n")):
           raise ApiError(
@@ -153,10 +141,8 @@ def _field(body: dict[str, Any], name: str, kind: type, default: Any = None, req
         400, f"you must provide a {name} parameter", name, "missing_required_parameter"
       )
     return default
-  is_number = kind is float and isinstance(value, int)
-  if isinstance(value, bool) is not (kind is bool) or not (isinstance(value, kind) or is_number):
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-    expected = names.get(kind, "an object")
+  if not is_json(value, kind):
+    expected = JSON_NAMES.get(kind, "an object")
     raise ApiError(400, f"{name}: expected {expected}, got {value!r:.80}", name, "invalid_type")
   return value
 
@@ -171,8 +157,8 @@ def _sampling(
   ids = body.get("stop_token_ids") or []
   if not isinstance(ids, list) or not all(type(i) is int for i in ids):
     raise ApiError(400, "stop_token_ids: expected a list of token ids", "stop_token_ids")
-  own = {name: _field(body, name, float) for name in ("temperature", "top_p", "min_p")}
-  own["top_k"] = _field(body, "top_k", int)
+  names = ("temperature", "top_p", "min_p", "top_k")
+  own = {name: _field(body, name, SHARED_FIELDS[name]) for name in names}
   own = {name: value for name, value in own.items() if value is not None}
   if own.get("top_k") == -1:  # vLLM's word for off
     own["top_k"] = 0
@@ -185,14 +171,19 @@ def _sampling(
   )
 
 
-def _wants_logprobs(body: dict[str, Any], is_chat: bool) -> bool:
-  if is_chat:
-    return _field(body, "logprobs", bool, False)
-  count = _field(body, "logprobs", int, None)
-  if count not in (None, 0, 1):
-    message = f"logprobs: expected 0 or 1 (the drawn token's own log-prob), got {count}"
-    raise ApiError(400, message, "logprobs", "unsupported_parameter")
-  return count is not None
+def _top_logprobs(body: dict[str, Any], is_chat: bool) -> int | None:
+  """How many likeliest tokens come with the log-probs; None when these are not asked for."""
+  name = "top_logprobs" if is_chat else "logprobs"
+  count = _field(body, name, int, None)
+  if count is not None and not 0 <= count <= MOST_TOP:
+    raise ApiError(400, f"{name}: expected 0 to {MOST_TOP}, got {count}", name)
+  if not is_chat:
+    return count
+  if _field(body, "logprobs", bool, False):
+    return count or 0
+  if count:
+    raise ApiError(400, "top_logprobs: expected logprobs: true with it", name)
+  return None
 
 
 def _most_tokens(body: dict[str, Any], is_chat: bool, prompt: int, engine: Engine) -> int:

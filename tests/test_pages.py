@@ -5,7 +5,7 @@ import random
 import jax
 import jax.numpy as jnp
 import pytest
-from test_sampler import CONTEXT, PAD, ROWS, TINY, V, check_logprobs, prompt
+from test_sampler import CONTEXT, ROWS, TINY, V, check_logprobs, prompt
 from tiny_checkpoint import random_params
 
 from awf.qwen.lora import LoRAConfig, init_lora, scaled, stack_adapters
@@ -136,7 +136,7 @@ def engine_params():
 
 def make_engine(**sizes):
   sizes = {"rows": ROWS, "context": CONTEXT, "prefill_rows": 2, "steps_per_dispatch": 6} | sizes
-  return Engine(TINY, engine_params(), pad_id=PAD, **sizes)
+  return Engine(TINY, engine_params(), **sizes)
 
 
 @pytest.fixture(scope="module")

@@ -29,13 +29,13 @@ TINY = QwenConfig(
 QWEN3 = dataclasses.replace(
   TINY, family="qwen3", tie_word_embeddings=False, num_attention_heads=6, num_key_value_heads=3
 )
-PAD = 7
+PAD = 0  # what unused places hold
 LORA = LoRAConfig(4, 8.0)
 
 
 def make_engine(config, params, **sizes):
   sizes = {"rows": ROWS, "context": CONTEXT, "prefill_rows": 2, "steps_per_dispatch": 6} | sizes
-  return Engine(config, params, strict=True, pad_id=PAD, **sizes)
+  return Engine(config, params, strict=True, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -479,3 +479,41 @@ def test_close_ends_the_thread_and_fails_what_is_open(params):
     engine.submit(Request((1,)))
   engine.close()  # twice is fine
   assert "awf-engine" in names and not engine._thread.is_alive()
+
+
+# --- the likeliest tokens
+
+
+def test_likeliest_tokens_are_those_of_a_full_forward_and_cost_nobody_else_a_bit(params):
+  plain = Request(prompt(40, 9), n=3, seed=4, temperature=1.3, top_k=5, max_new_tokens=30)
+  asking = [
+    Request(prompt(33, 9), seed=5, temperature=t, top_p=p, logprobs="both", top_logprobs=k,
+            max_new_tokens=20)
+    for t, p, k in ((1.0, 1.0, 20), (0.0, 1.0, 1), (1.7, 0.6, 4))
+  ]  # fmt: skip
+  with make_engine(TINY, params, rows=8) as own:
+    (alone,) = own.generate([plain])
+    assert own.stats()["traces"] == 1, "nobody has asked"
+    (among, *found) = own.generate([plain, *asking])
+    assert own.stats()["traces"] == 2
+    again = own.generate([dataclasses.replace(r, top_logprobs=0) for r in asking])
+    assert own.stats()["traces"] == 2
+  assert among == alone and not any(output.top_logprobs for output in among)
+  for request, (output,), (without,) in zip(asking, found, again, strict=True):
+    assert dataclasses.replace(output, top_logprobs=()) == without
+    logits_TV = full_logits(params, request.prompt_ids, output.token_ids)
+    want_TV = log_softmax(logits_TV / (request.temperature or 1.0))
+    assert len(output.top_logprobs) == len(output.token_ids)
+    for top, want_V, drawn, full in zip(
+      output.top_logprobs, want_TV, output.token_ids, output.full_logprobs, strict=True
+    ):
+      ids, logps = zip(*top, strict=True)
+      assert len(set(ids)) == len(ids) == request.top_logprobs
+      np.testing.assert_allclose(logps, -np.sort(-want_V)[: len(ids)], atol=1e-5, rtol=0)
+      np.testing.assert_allclose(logps, want_V[list(ids)], atol=1e-5, rtol=0)
+      assert dict(top).get(drawn, full) == full
+      assert request.temperature or ids == (drawn,)
+  with pytest.raises(ValueError, match="top_logprobs: expected logprobs 'both'"):
+    Request((1,), top_logprobs=1)
+  with pytest.raises(ValueError, match="top_logprobs: expected 0 to 20, got 21"):
+    Request((1,), logprobs="both", top_logprobs=21)

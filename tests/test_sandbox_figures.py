@@ -4,7 +4,18 @@ import asyncio
 import os
 
 import pytest
-from sandbox_figures import LAYERS, NOBODY, SLOW, is_contained, jailed, jobs, new_box, raw
+from sandbox_figures import (
+  ESCAPES,
+  LAYERS,
+  NOBODY,
+  SLOW,
+  hostile_jobs,
+  is_contained,
+  jailed,
+  jobs,
+  new_box,
+  raw,
+)
 
 from awf.sandbox import Limits
 from awf.sandbox.jail import NICE
@@ -21,7 +32,8 @@ def test_random_jobs_leave_nothing_behind():
 @pytest.mark.parametrize("user", USERS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_no_escape_works_whatever_the_host_lacks(name, user):
-  row = jailed(LAYERS[name], USERS[user])
+  row = jailed(LAYERS[name], USERS[user], ESCAPES)
+  assert row["jobs"] == len(ESCAPES)
   assert is_contained(row) and "refused" not in row, row
   absent = {"landlock": "landlock", "namespaces": "network_namespace"}
   assert not {absent[layer] for layer in LAYERS[name]} & set(row["layers"])
@@ -29,8 +41,13 @@ def test_no_escape_works_whatever_the_host_lacks(name, user):
 
 
 def test_a_host_without_seccomp_is_refused():
-  row = jailed(("seccomp",), list(USERS.values())[-1])
+  row = jailed(("seccomp",), list(USERS.values())[-1], ESCAPES)
   assert "cannot confine" in row["refused"] and "config.sandbox.allow_weak" in row["refused"]
+
+
+def test_the_long_command_tries_more_than_a_hundred_hostile_jobs():
+  names = [name for name, *_ in hostile_jobs()]
+  assert len(set(names)) == len(names) >= 100 and set(ESCAPES) <= set(names)
 
 
 def test_children_weigh_little_beside_the_program():

@@ -470,12 +470,15 @@ FORGERIES = {
 }
 
 
+def forgery(name):
+  """The source of a job that forges a frame and then waits."""
+  wait = "; import time; time.sleep(5)"
+  return textwrap.dedent(FORGE).replace("FORGERY", FORGERIES[name] + wait)
+
+
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forged_frames_are_a_policy_failure(box, name):
-  source = textwrap.dedent(FORGE).replace(
-    "FORGERY", FORGERIES[name] + "; import time; time.sleep(5)"
-  )
-  result = run_raw(box, source)
+  result = run_raw(box, forgery(name))
   assert result.failure is not None and result.failure.kind == "policy", result
 
 

@@ -17,13 +17,14 @@ import openai
 import pytest
 from conftest import ROOT
 
+from awf.config_io import load_config as read_config
 from awf.qwen.hf import fingerprint, load_config
 from awf.qwen.lora import LoRAConfig, init_lora
 from awf.qwen.peft import save_adapter
 from awf.sampler.remote import RemoteLLM
 from awf.types import SamplingParams
 
-KEY = "a-token"
+KEY, ORIGIN = "a-token", "https://app.example"
 CHAT = [{"role": "user", "content": "Tom has 3 apples and buys 4 more. How many apples has he?"}]
 NANO = ROOT / "data" / "nano" / "model"
 
@@ -46,7 +47,8 @@ def server(tmp_path_factory):
     "--config.serve.model_name=nano", "--config.sampler.rows=16", "--config.sampler.context=512",
     "--config.sampler.max_new_tokens=192", "--config.executor.max_new_tokens=192",
     "--config.sampler.steps_per_dispatch=4", "--config.sampler.queue=80",
-    "--config.serve.max_body_mb=0.1", f"--workdir={folder / 'run'}",
+    "--config.serve.max_body_mb=0.1", f"--config.serve.cors={ORIGIN}",
+    f"--workdir={folder / 'run'}",
   ]  # fmt: skip
   env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   process = subprocess.Popen(
@@ -198,6 +200,34 @@ def test_a_chats_log_probs(client):
   np.testing.assert_allclose([t.logprob for t in cut], [t.logprob for t in greedy], atol=1e-4)
 
 
+def test_the_likeliest_tokens_come_where_they_are_asked_for(client):
+  fields = {"temperature": 1.2, "logprobs": True}
+  plain = chat(client, **fields).choices[0]
+  found = chat(client, top_logprobs=20, **fields).choices[0]
+  assert found.message == plain.message, "asking for them changes no token"
+  for token, own in zip(found.logprobs.content, plain.logprobs.content, strict=True):
+    top = token.top_logprobs
+    assert (token.token, token.logprob) == (own.token, own.logprob) and own.top_logprobs == []
+    assert len(top) == 20 and top == sorted(top, key=lambda one: -one.logprob)
+    assert 0.3 < sum(np.exp(one.logprob) for one in top) < 1.0001
+    same = [one.logprob for one in top if one.token == token.token]
+    assert not same or token.logprob in same
+  streamed = []
+  for chunk in chat(client, top_logprobs=20, stream=True, **fields):
+    streamed += [t for c in chunk.choices if c.logprobs for t in c.logprobs.content]
+  assert streamed == found.logprobs.content
+  greedy = chat(client, temperature=0, logprobs=True, top_logprobs=2).choices[0]
+  for token in greedy.logprobs.content:
+    assert len(token.top_logprobs) == 2 and token.top_logprobs[0].token == token.token
+  made = client.completions.create(
+    model="nano", prompt="Tom has 3 apples", max_tokens=12, seed=2, temperature=2, logprobs=3
+  )
+  rows = made.choices[0].logprobs
+  for token, logprob, top in zip(rows.tokens, rows.token_logprobs, rows.top_logprobs, strict=True):
+    assert 1 <= len(top) <= 4 and top[token] == logprob
+  assert max(map(len, rows.top_logprobs)) >= 3
+
+
 @pytest.mark.parametrize(
   ("fields", "kind", "param", "words"),
   [
@@ -215,7 +245,8 @@ def test_a_chats_log_probs(client):
     ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", "at least 1"),
     ({"max_tokens": 300}, openai.BadRequestError, "max_tokens", "at most 192"),
     ({"presence_penalty": 0.5}, openai.BadRequestError, "presence_penalty", "not supported"),
-    ({"logprobs": True, "top_logprobs": 3}, openai.BadRequestError, "top_logprobs", "supported"),
+    ({"logprobs": True, "top_logprobs": 21}, openai.BadRequestError, "top_logprobs", "0 to 20"),
+    ({"top_logprobs": 3}, openai.BadRequestError, "top_logprobs", "logprobs: true"),
     ({"extra_body": {"beams": 3}}, openai.BadRequestError, "beams", "Unrecognized"),
     ({"messages": [{"role": "user", "content": "apple " * 900}]}, openai.BadRequestError,
      "messages", "maximum context length is 512"),
@@ -247,8 +278,13 @@ def test_bodies_routes_and_tokens_that_cannot_be(server, client, http):
   with pytest.raises(openai.AuthenticationError):
     chat(client.with_options(api_key="wrong"))
   assert httpx.get(f"{root}/health").json() == {"status": "ok"}, "no token needed"
-  asked = httpx.get(f"{root}/health", headers={"Origin": "https://example.org"})
-  assert not [name for name in asked.headers if name.startswith("access-control")], "no CORS"
+  assert read_config("configs/quickstart.py").serve.cors == (), "browsers are not let in unasked"
+  wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x"}
+  for origin, allowed in ((ORIGIN, ORIGIN), ("https://example.org", None)):
+    for headers in ({"Origin": origin}, {"Origin": origin, **wanted}):
+      verb = "OPTIONS" if wanted.items() <= headers.items() else "GET"
+      found = httpx.request(verb, f"{root}/v1/models", headers=headers).headers
+      assert found.get("access-control-allow-origin") == allowed, (verb, origin)
   assert root.startswith("http://127.0.0.1:")
 
 

@@ -187,8 +187,9 @@ def test_a_complete_run_gives_its_figures_again_without_running(whole):
   assert again["llm_calls"] == figures["llm_calls"]
 
 
-def test_search_alone_trains_nothing_and_writes_a_workspace(tmp_path):
-  figures = run(small(rounds=1), tmp_path, run_search)
+def test_search_alone_trains_nothing_writes_a_workspace_and_ends_in_time(tmp_path):
+  """Of three rounds the first is all that a limit of a moment leaves."""
+  figures = run(small(rounds=3, **{"train.minutes": 1e-6}), tmp_path, run_search)
   assert figures["updates"] == 0 and figures["rounds"] == 1
   assert (tmp_path / "workspace/NANO/workflows/results.json").is_file()
 

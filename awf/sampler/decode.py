@@ -16,8 +16,8 @@ import numpy as np
 from awf.qwen.config import QwenConfig
 from awf.qwen.model import Attend, Qwen, head
 from awf.sampler.cache import Cache, CacheSizes, Sharing, decode_attend, prefill_attend
-from awf.sampler.draw import draw, uniforms
-from awf.sampler.request import MAX_STOP_IDS
+from awf.sampler.draw import draw, likeliest, uniforms
+from awf.sampler.request import MAX_STOP_IDS, Top
 from awf.types import ArrayT
 
 IDLE, RUNNING, STOPPED, FULL = 0, 1, 2, 3  # status of a row
@@ -50,6 +50,7 @@ class Shapes:
   calls: int  # most prefill calls of one dispatch
   steps: int  # most decode steps of one dispatch
   is_pinned: bool = False  # one memory layout of the cache in all parts, for TPUs
+  top: int = 0  # K, likeliest tokens of each step that come back too
 
   def __post_init__(self) -> None:
     if self.page % self.block:
@@ -194,7 +195,7 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
     return (i < work.counts_5[3]) & (num_running > 0) & is_wanted
 
   def step(carry):
-    i, cache, rows, out_S3B = carry
+    i, cache, rows, out_SXB = carry
     is_running_B = rows.status_B == RUNNING
     attend = decode_attend(
       rows.made_B,
@@ -218,31 +219,36 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
     status_B = jnp.where(made_B >= column("limit"), FULL, RUNNING)
     status_B = jnp.where(jnp.any(id_B[:, None] == stop_BX, axis=-1), STOPPED, status_B)
     bits_2B = jax.lax.bitcast_convert_type(jnp.stack([logp_B, full_B]), jnp.int32)
-    drawn_3B = jnp.concatenate([id_B[None], bits_2B])
-    out_S3B = jax.lax.dynamic_update_index_in_dim(out_S3B, drawn_3B, i, 0)
+    drawn_XB = jnp.concatenate([id_B[None], bits_2B])
+    if shapes.top:
+      id_KB, logp_KB = likeliest(logits_BV, temperature_B, shapes.top)
+      bits_KB = jax.lax.bitcast_convert_type(logp_KB, jnp.int32)
+      drawn_XB = jnp.concatenate([drawn_XB, id_KB, bits_KB])
+    out_SXB = jax.lax.dynamic_update_index_in_dim(out_SXB, drawn_XB, i, 0)
     rows = Rows(
       jnp.where(is_running_B, id_B, rows.token_B),
       jnp.where(is_running_B, rows.position_B + 1, rows.position_B),
       jnp.where(is_running_B, status_B, rows.status_B),
       jnp.where(is_running_B, made_B, rows.made_B),
     )
-    return i + 1, cache, rows, out_S3B
+    return i + 1, cache, rows, out_SXB
 
   rows = Rows(column("token"), column("position"), column("status"), column("made"))
-  out_S3B = jnp.zeros((shapes.steps, 3, shapes.rows), jnp.int32)
-  steps, cache, rows, out_S3B = jax.lax.while_loop(
-    is_going, step, (jnp.int32(0), cache, rows, out_S3B)
+  out_SXB = jnp.zeros((shapes.steps, 3 + 2 * shapes.top, shapes.rows), jnp.int32)
+  steps, cache, rows, out_SXB = jax.lax.while_loop(
+    is_going, step, (jnp.int32(0), cache, rows, out_SXB)
   )
   tail = jnp.stack([rows.status_B, rows.made_B, jnp.full_like(rows.made_B, steps)])
-  return cache, jnp.concatenate([out_S3B.reshape(-1, shapes.rows), tail])
+  return cache, jnp.concatenate([out_SXB.reshape(-1, shapes.rows), tail])
 
 
 def dispatch(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work: Work[jax.Array]):
   """Prefills prompts into their pages, then decodes.
 
   Returns:
-    (cache, int32 [3 * steps + 3, B]: for each step ids, bits of log-probs as drawn and before the
-    cut, then status, tokens made, steps run).
+    (cache, int32 [(3 + 2K) * steps + 3, B]: for each step ids, bits of log-probs as drawn and
+    before the cut, ids and bits of log-probs of the K likeliest; then status, tokens made, steps
+    run).
   """
   # The names tell the parts of the compiled program apart (awf.plan).
   with jax.named_scope("prefill"):
@@ -272,17 +278,34 @@ class Drawn(NamedTuple):
   ids_SB: np.ndarray
   logp_SB: np.ndarray  # as drawn
   full_SB: np.ndarray  # before the cut, where it was wanted
+  top_id_SKB: np.ndarray  # K = 0 unless the program gives them
+  top_logp_SKB: np.ndarray  # before the cut
   status_B: np.ndarray
   made_B: np.ndarray  # tokens drawn so far, those of earlier dispatches included
   steps: int  # run
 
+  def likeliest(self, row: int, made: int, count: int) -> list[Top]:
+    """The `count` likeliest tokens of each of a row's `made` places.
+
+    The drawn token has the log-prob that comes with it, to the last digit.
+    """
+    own = zip(self.ids_SB[:made, row].tolist(), self.full_SB[:made, row].tolist(), strict=True)
+    ids = self.top_id_SKB[:made, :count, row].tolist()
+    logps = self.top_logp_SKB[:made, :count, row].tolist()
+    return [
+      tuple((i, full if i == drawn else p) for i, p in zip(*pair, strict=True))
+      for pair, (drawn, full) in zip(zip(ids, logps, strict=True), own, strict=True)
+    ]
+
 
 def unpack(packed: np.ndarray, steps: int) -> Drawn:
   """Splits the packed result."""
-  ids_SB, logp_SB, full_SB = np.moveaxis(packed[: 3 * steps].reshape(steps, 3, -1), 1, 0)
+  drawn_SXB = packed[:-3].reshape(steps, -1, packed.shape[-1])
+  top = (drawn_SXB.shape[1] - 3) // 2
+  floats_SXB = drawn_SXB.view(np.float32)
   return Drawn(
-    ids_SB, logp_SB.view(np.float32), full_SB.view(np.float32), packed[-3], packed[-2],
-    int(packed[-1, 0]),
+    drawn_SXB[:, 0], floats_SXB[:, 1], floats_SXB[:, 2], drawn_SXB[:, 3 : 3 + top],
+    floats_SXB[:, 3 + top :], packed[-3], packed[-2], int(packed[-1, 0]),
   )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from awf.qwen.config import QwenConfig
 from awf.sampler.cache import LayerCache, init_cache
 from awf.sampler.decode import Shapes, Work, compile_dispatch
+from awf.sampler.request import MOST_TOP
 
 FEW = 4  # fast mode: a second program for one in FEW of the rows
 
@@ -74,18 +75,34 @@ class Device:
     self.counts |= dict.fromkeys(("busy_seconds", "prefill_seconds", "decode_seconds"), 0.0)
     self._params = params
     few = shapes.rows // FEW
-    sizes = [shapes] if strict or not few else [fewer_rows(shapes, few), shapes]
-    self._programs = [(size, compile_dispatch(config, size, self._count_trace)) for size in sizes]
+    self._config = config
+    self._programs: dict[Shapes, Any] = {}
+    self._sizes = [shapes] if strict or not few else [fewer_rows(shapes, few), shapes]
     shardings = None if mesh is None else cache_shardings(config, mesh)
     self._cache = jax.jit(lambda: init_cache(config, shapes.cache), out_shardings=shardings)()
 
   def _count_trace(self) -> None:
     self.num_traces += 1
 
-  def run(self, lora: Any, work: Work[np.ndarray]) -> np.ndarray:
-    """One dispatch; waits for its packed result, which may hold the first rows alone."""
+  def _program(self, shapes: Shapes) -> Any:
+    """The jitted program of these shapes; nothing is compiled before it runs."""
+    if shapes not in self._programs:
+      self._programs[shapes] = compile_dispatch(self._config, shapes, self._count_trace)
+    return self._programs[shapes]
+
+  def run(self, lora: Any, work: Work[np.ndarray], has_top: bool = False) -> np.ndarray:
+    """One dispatch; waits for its packed result, which may hold the first rows alone.
+
+    Args:
+      lora: stacked adapters, or None.
+      work: what to do.
+      has_top: the MOST_TOP likeliest tokens of each step come back too, by a program of its own,
+        compiled when it is first asked for.
+    """
     used = work.rows_used()
-    shapes, program = next(x for x in self._programs if x[0].rows >= used)
+    shapes = next(size for size in self._sizes if size.rows >= used)
+    top = min(MOST_TOP, self._config.vocab_size) if has_top else 0
+    program = self._program(dataclasses.replace(shapes, top=top))
     if shapes.rows < len(work.table_BX):
       work = work.first_rows(shapes.rows)
     stages = [("busy_seconds", work)]

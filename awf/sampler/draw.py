@@ -233,3 +233,22 @@ def draw(
     id_B, norm_B, full_B = jax.lax.cond(is_special, special, plain, logits_BV)
   chosen_B = jnp.take_along_axis(logits_BV, id_B[:, None], axis=-1)[:, 0] / divisor_B
   return id_B, chosen_B - norm_B, chosen_B - full_B
+
+
+def likeliest(
+  logits_BV: jax.Array, temperature_B: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+  """The likeliest tokens of each row, before any cut.
+
+  Args:
+    logits_BV: float32 [B, V].
+    temperature_B: float32 [B]; 0 counts as 1, as in `draw`.
+    count: K, how many.
+
+  Returns:
+    (int32 [K, B] ids, float32 [K, B] log-probs), likeliest first.
+  """
+  scaled_BV = logits_BV / jnp.where(temperature_B <= 0, 1.0, temperature_B)[:, None]
+  top_BK, id_BK = jax.lax.top_k(scaled_BV, count)
+  logp_BK = top_BK - jax.nn.logsumexp(scaled_BV, axis=-1, keepdims=True)
+  return id_BK.T.astype(jnp.int32), logp_BK.T

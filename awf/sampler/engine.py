@@ -106,7 +106,6 @@ class Engine:
     strict: bool = True,
     queue: int = QUEUE,
     decode: Decode | None = None,
-    pad_id: int = 0,
     mesh: jax.sharding.Mesh | None = None,
   ):
     """Allocates the cache and starts the engine's thread; compiles at the first request.
@@ -125,7 +124,6 @@ class Engine:
         are at work, and log-probs agree within 1e-4.
       queue: completions that may wait for a row; who submits more waits.
       decode: ids to text, for stop strings; see `awf.sampler.text.TextStream`.
-      pad_id: token of unused places; never visible to any row.
       mesh: mesh that `params` lie on; the cache is split by key/value heads over `tensor`, else
         replicated.
     """
@@ -138,7 +136,7 @@ class Engine:
     ):
       if value < 1:
         raise ValueError(f"{name}: expected a positive number, got {value}: config.sampler.{name}")
-    self.config, self.context, self.strict, self.pad_id = config, context, strict, pad_id
+    self.config, self.context, self.strict = config, context, strict
     self.shapes = make_shapes(
       config,
       rows,
@@ -337,7 +335,7 @@ class Engine:
     self._drop_old_adapters()
     if work is None:
       return True
-    packed = self.device.run(self._adapters[scheduler.version], work)
+    packed = self.device.run(self._adapters[scheduler.version], work, scheduler.wants_top)
     parts, done = scheduler.harvest(packed)
     for job, part in parts:
       try:

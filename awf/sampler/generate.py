@@ -16,14 +16,14 @@ from typing import IO, Any, Protocol
 from awf.qwen.config import QwenConfig
 from awf.qwen.tokenizer import Tokenizer
 from awf.sampler.engine import Engine, Output, Request
+from awf.sampler.request import JSON_NAMES, SHARED_FIELDS, is_json
 from awf.types import Completion, SamplingParams, UserError, stable_hash
 
 log = logging.getLogger("awf")
 
 SOURCES = ("prompt", "messages", "prompt_ids")
-_NUMBERS = dict.fromkeys(("temperature", "top_p", "min_p"), "a number")
-_COUNTS = {name: "a whole number" for name in ("top_k", "max_new_tokens", "seed", "n")}
-FIELDS = (*SOURCES, *_NUMBERS, *_COUNTS, "stop_ids", "stop", "logprobs", "adapter")
+_NUMBERS = {**SHARED_FIELDS, "max_new_tokens": int}
+FIELDS = (*SOURCES, *_NUMBERS, "stop_ids", "stop", "logprobs", "adapter")
 _REPORT_SECONDS = 10.0  # between two lines of progress
 
 
@@ -175,9 +175,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _check_type(name: str, value: Any) -> None:
   if name in _NUMBERS:
-    ok, expected = _is_int(value) or isinstance(value, float), _NUMBERS[name]
-  elif name in _COUNTS:
-    ok, expected = _is_int(value), _COUNTS[name]
+    ok, expected = is_json(value, _NUMBERS[name]), JSON_NAMES[_NUMBERS[name]]
   elif name in ("prompt", "adapter", "logprobs"):
     ok, expected = isinstance(value, str) and value != "", "a text that is not empty"
   elif name == "messages":
@@ -188,14 +186,10 @@ def _check_type(name: str, value: Any) -> None:
     ok = all(isinstance(text, str) and text for text in texts)
     expected = "a text that is not empty, or a list of such"
   else:
-    ok = isinstance(value, list) and all(map(_is_int, value))
+    ok = isinstance(value, list) and all(is_json(item, int) for item in value)
     expected = "a list of token ids"
   if not ok:
     raise ValueError(f"{name}: expected {expected}, got {_short(value)}")
-
-
-def _is_int(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _short(value: Any) -> str:
@@ -221,7 +215,7 @@ def _make_request(
       f"the prompt has {len(ids)} tokens; expected at most {context - 1}, one less than "
       f"config.sampler.context ({context}): shorten it or raise config.sampler.context"
     )
-  names = (*_NUMBERS, "max_new_tokens", "logprobs")
+  names = ("temperature", "top_p", "min_p", "max_new_tokens", "logprobs")
   own: dict[str, Any] = {name: fields[name] for name in names if name in fields}
   if "stop" in fields:
     own["stop"] = tuple(fields["stop"] if isinstance(fields["stop"], list) else [fields["stop"]])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 
 from awf.sampler.pages import Prompt, PromptKey
-from awf.sampler.request import FinishReason, OnPart, Output, Part, Request
+from awf.sampler.request import FinishReason, OnPart, Output, Part, Request, Top
 from awf.sampler.text import Decode, TextStream
 
 HEAVY = 4  # a job with this share (one in HEAVY) of the rows waits for those that have fewer
@@ -84,12 +84,18 @@ class Sequence:
     self.token_ids: list[int] = []
     self.logprobs: list[float] = []
     self.full_logprobs: list[float] = []
+    self.top_logprobs: list[Top] = []
     request = job.request
     looks = bool(request.stop) and not request.ignore_eos and decode is not None
     self._text = TextStream(decode, request.stop) if looks and decode else None
 
   def take(
-    self, ids: list[int], logps: list[float], fulls: list[float], reason: FinishReason | None
+    self,
+    ids: list[int],
+    logps: list[float],
+    fulls: list[float],
+    tops: list[Top],
+    reason: FinishReason | None,
   ) -> Part:
     """Takes what one dispatch drew, up to the token that completes a stop string.
 
@@ -100,19 +106,22 @@ class Sequence:
       ids: tokens; the last is a stop id where `reason` is "stop".
       logps: their log-probs as drawn.
       fulls: their log-probs before the cut.
+      tops: the likeliest tokens at their places; empty where they are not wanted.
       reason: why the device ended the row, if it did.
     """
     if self._text is not None:
       spoken = len(ids) - (reason == "stop")  # a stop id is no text
       end = next((i for i in range(spoken) if self._text.add(ids[i])), None)
       if end is not None:
-        ids, logps, fulls, reason = ids[: end + 1], logps[: end + 1], fulls[: end + 1], "stop"
+        end += 1
+        ids, logps, fulls, tops, reason = ids[:end], logps[:end], fulls[:end], tops[:end], "stop"
     wanted = self.job.request.logprobs
     logps, fulls = logps if wanted != "none" else [], fulls if wanted == "both" else []
     self.token_ids += ids
     self.logprobs += logps
     self.full_logprobs += fulls
-    return Part(self.sample, tuple(ids), tuple(logps), reason, tuple(fulls), self.stop)
+    self.top_logprobs += tops
+    return Part(self.sample, tuple(ids), tuple(logps), reason, tuple(fulls), self.stop, tuple(tops))
 
   @property
   def stop(self) -> str | None:
@@ -121,8 +130,9 @@ class Sequence:
 
   def output(self, reason: FinishReason) -> Output:
     return Output(
-      tuple(self.token_ids), tuple(self.logprobs), reason, tuple(self.full_logprobs), self.stop
-    )
+      tuple(self.token_ids), tuple(self.logprobs), reason, tuple(self.full_logprobs), self.stop,
+      tuple(self.top_logprobs),
+    )  # fmt: skip
 
 
 class Waiting:

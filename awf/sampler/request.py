@@ -5,11 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 FinishReason = Literal["stop", "length", "refused"]
 LogProbs = Literal["none", "drawn", "both"]
 MAX_STOP_IDS = 8  # width of the padded per-row array of stop ids
+MOST_TOP = 20  # likeliest tokens whose log-probs a request may ask for, as at OpenAI
+Top = tuple[tuple[int, float], ...]  # (id, log-prob) of the likeliest tokens, likeliest first
+# Fields that a line of mode generate and a body of mode serve have alike, and their JSON types.
+SHARED_FIELDS: dict[str, type] = {
+  **dict.fromkeys(("temperature", "top_p", "min_p"), float),
+  **dict.fromkeys(("top_k", "seed", "n"), int),
+}
+JSON_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def is_json(value: Any, kind: type) -> bool:
+  """Whether a JSON value is of a type: a whole number is a float too, a boolean is neither."""
+  if isinstance(value, bool):
+    return kind is bool
+  return isinstance(value, kind) or (kind is float and isinstance(value, int))
 
 
 class QueueFull(RuntimeError):
@@ -41,6 +56,7 @@ class Request:
   stop_ids: tuple[int, ...] = ()
   stop: tuple[str, ...] = ()  # texts that end a completion; needs an engine with `decode`
   logprobs: LogProbs = "drawn"  # "both": also before top-k, top-p and min-p
+  top_logprobs: int = 0  # likeliest tokens whose log-probs before the cut come too; needs "both"
   adapter: int = 0  # 0 is the base, i the i-th stacked adapter
   ignore_eos: bool = False  # benchmarks: neither id nor text stops the row
 
@@ -66,6 +82,10 @@ class Request:
     if self.logprobs not in get_args(LogProbs):
       expected = ", ".join(get_args(LogProbs))
       raise ValueError(f"logprobs: expected one of {expected}, got {self.logprobs!r}")
+    if not 0 <= self.top_logprobs <= MOST_TOP:
+      raise ValueError(f"top_logprobs: expected 0 to {MOST_TOP}, got {self.top_logprobs}")
+    if self.top_logprobs and self.logprobs != "both":
+      raise ValueError(f"top_logprobs: expected logprobs 'both', got {self.logprobs!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +97,7 @@ class Output:
   finish_reason: FinishReason  # refused: the prompt leaves no room in the context, no token drawn
   full_logprobs: tuple[float, ...] = ()  # before the cut by top-k, top-p, min-p; only if wanted
   stop: str | None = None  # the stop string that the last token completed
+  top_logprobs: tuple[Top, ...] = ()  # of each token's place; only if wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +110,7 @@ class Part:
   finish_reason: FinishReason | None  # None: it goes on
   full_logprobs: tuple[float, ...] = ()
   stop: str | None = None
+  top_logprobs: tuple[Top, ...] = ()
 
 
 # Called in the engine's thread, which waits for it: it hands the part on and returns. What it

@@ -61,6 +61,11 @@ class Scheduler:
     return sum(s is not None for s in self.rows)
 
   @property
+  def wants_top(self) -> bool:
+    """Whether a completion in a row wants the likeliest tokens of its places."""
+    return any(s is not None and s.job.request.top_logprobs for s in self.rows)
+
+  @property
   def has_work(self) -> bool:
     return bool(self.waiting or self.num_running or self.unready)
 
@@ -311,8 +316,10 @@ class Scheduler:
       ids, logps, fulls = (
         x[:made, row].tolist() for x in (drawn.ids_SB, drawn.logp_SB, drawn.full_SB)
       )
-      part = sequence.take(ids, logps, fulls, reason)
       job = sequence.job
+      top = job.request.top_logprobs
+      tops = drawn.likeliest(row, made, top) if top else []
+      part = sequence.take(ids, logps, fulls, tops, reason)
       if job.on_part is not None and (part.token_ids or part.finish_reason):
         parts.append((job, part))
       if part.finish_reason is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import io
 import json
 import math
@@ -22,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from awf.files import write_atomic
 from awf.search import adopt
 from awf.search.adopt import ADOPTED
 from awf.search.stages import LOGGED_BELOW, Trial
@@ -33,13 +35,8 @@ from awf.workflow.contract import graph_header
 _INPUTS_COLUMN = ("HumanEval", "MBPP", "DROP")  # data sets whose CSV calls the question `inputs`
 
 
-def write_atomic(path: Path, text: str) -> None:
-  """Writes the file whole or not at all; readers never see a part of it."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f".{path.name}.part")
-  with open(part, "w", encoding="utf-8", newline="") as f:
-    f.write(text)
-  os.replace(part, path)
+# Hundreds of files a round, 3 ms of disk each; what a resumed search needs is in its checkpoint.
+_write = functools.partial(write_atomic, is_durable=False)
 
 
 def _dump(data: Any) -> str:
@@ -77,11 +74,11 @@ class Workspace:
     if not self.is_kept:
       return
     for name, text in template_files(self._operators).items():
-      write_atomic(self.path / "template" / name, text)
+      _write(self.path / "template" / name, text)
     for id in self.round_ids():
       if id not in tree.nodes:
         shutil.rmtree(self.round_path(id))
-    write_atomic(self.journal, "".join(json.dumps(e, allow_nan=False) + "\n" for e in events))
+    _write(self.journal, "".join(json.dumps(e, allow_nan=False) + "\n" for e in events))
     for node in tree.nodes.values():
       if node.source.graph and not (self.round_path(node.id) / "graph.py").exists():
         self.write_round(node, ())
@@ -123,20 +120,20 @@ class Workspace:
     for old in path.glob("*.csv"):
       old.unlink()
     header = graph_header(self.dataset, node.id)
-    write_atomic(path / "graph.py", header.rstrip("\n") + "\n\n" + node.source.graph + "\n")
-    write_atomic(path / "prompt.py", node.source.prompt + "\n")
-    write_atomic(path / "__init__.py", "")
+    _write(path / "graph.py", header.rstrip("\n") + "\n\n" + node.source.graph + "\n")
+    _write(path / "prompt.py", node.source.prompt + "\n")
+    _write(path / "__init__.py", "")
     log = [_log_entry(t) for t in trials if t.score < LOGGED_BELOW]
     if log:
-      write_atomic(path / "log.json", _dump(log))
+      _write(path / "log.json", _dump(log))
     if any(not math.isnan(t.score) for t in trials):
       stamp = datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
       score = node.score if node.evaluated else 0.0
-      write_atomic(path / f"{score:.5f}_{stamp}.csv", self._csv(trials))
+      _write(path / f"{score:.5f}_{stamp}.csv", self._csv(trials))
 
   def write_experience(self, node: Node) -> None:
     if node.parent != NO_NODE and node.source.graph and not math.isnan(node.before):
-      write_atomic(self.round_path(node.id) / "experience.json", _dump(_experience(node)))
+      _write(self.round_path(node.id) / "experience.json", _dump(_experience(node)))
 
   def _csv(self, trials: Sequence[Trial]) -> str:
     out = io.StringIO()
@@ -170,8 +167,8 @@ class Workspace:
       stamp = stamps.get((node.id, node.score), now)
       costs = {"avg_cost": 0.0, "total_cost": 0.0}
       results.append({"round": node.id, "score": node.score, **costs, "time": stamp})
-    write_atomic(self.path / "results.json", _dump(results))
-    write_atomic(self.path / "processed_experience.json", _dump(processed_experience(tree)))
+    _write(self.path / "results.json", _dump(results))
+    _write(self.path / "processed_experience.json", _dump(processed_experience(tree)))
 
   def is_foreign(self) -> bool:
     """Whether AFlow wrote rounds here and no search of ours did."""

@@ -391,6 +391,39 @@ def test_zygote_that_dies_is_replaced_and_jobs_run_again():
     assert sandbox.stats()["restarts"] == 1
 
 
+def test_programs_alone_have_the_numeric_libraries_and_a_zygote_of_their_own():
+  """It is replaced with the first one when it dies; nothing of it outlives the sandbox."""
+  with Sandbox(SandboxConfig(workers=2), preload=("sandbox_jobs",)) as sandbox:
+    seen = source_job("import sys\ndef main(call):\n  return 'numpy' in sys.modules")
+    program = program_job("import sympy\ndef solve():\n  return int(sympy.Integer(6) * 7)")
+    assert sandbox.run_sync(seen).value is False
+    first = sandbox.stats()["zygote_pid"]
+    (numeric,) = children_of(first)
+    assert sandbox.run_sync(program).value["value"] == 42
+    endless = program_job("def solve():\n  while True: pass")
+
+    async def scenario():
+      job = asyncio.ensure_future(sandbox.run(endless))
+      while not children_of(numeric):
+        await asyncio.sleep(0.01)
+      os.kill(numeric, signal.SIGKILL)
+      while sandbox.stats()["zygote_pid"] in (0, first):
+        await asyncio.sleep(0.01)
+      job.cancel()
+      return await asyncio.gather(job, return_exceptions=True)
+
+    asyncio.run(scenario())
+    assert sandbox.run_sync(program).value["value"] == 42
+    assert sandbox.stats()["restarts"] == 1
+    left = [numeric, *children_of(sandbox.stats()["zygote_pid"])]
+  assert len(left) == 2 and not [pid for pid in left if os.path.exists(f"/proc/{pid}")]
+
+
+def children_of(pid):
+  with open(f"/proc/{pid}/task/{pid}/children") as file:
+    return [int(child) for child in file.read().split()]
+
+
 def test_two_lost_zygotes_are_an_infrastructure_failure():
   config = SandboxConfig(workers=1, preload_numeric=False)
   with Sandbox(config, preload=("sandbox_jobs",)) as sandbox:

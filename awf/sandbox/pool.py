@@ -28,6 +28,7 @@ from awf.types import Failure, UserError
 TICK_SECONDS = 0.2
 EXIT_SECONDS = 20.0
 MAX_RESTARTS = 5  # without a job that ended in between
+PROGRAMS = "awf.sandbox.program"  # the module of the jobs that get the numeric libraries
 
 _log = logging.getLogger(__name__)
 
@@ -170,6 +171,7 @@ class Pool:
       "op": "spawn",
       "id": run.number,
       "slot": run.slot,
+      "is_numeric": run.message["entry"].partition(":")[0] == PROGRAMS,
       "nonce": run.nonce,
       "memory_bytes": run.memory_mb << 20,
       "cpu_seconds": run.cpu_seconds,

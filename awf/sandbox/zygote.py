@@ -3,11 +3,16 @@
 It is started by the parent as a fresh interpreter, imports what jobs may need, freezes its heap and
 then serves control frames on one Unix socket: `spawn` (with the job's socket as SCM_RIGHTS),
 `kill`. It reports `started` and `exit` and ends when the parent closes the socket.
+
+Numeric libraries make a process so large that its fork, its page faults and its end cost twice as
+much. Only a second zygote has them, forked from the first; programs are forked from that one, and
+its frames go through the first.
 """
 
 from __future__ import annotations
 
 import array
+import contextlib
 import gc
 import importlib
 import json
@@ -48,8 +53,15 @@ _POLICE_SECONDS = 0.2
 class Zygote:
   """State of the zygote: the children that live, by job number."""
 
-  def __init__(self, control: socket.socket, plan: jail.JailPlan, root: str) -> None:
+  def __init__(
+    self,
+    control: socket.socket,
+    plan: jail.JailPlan,
+    root: str,
+    numeric: NumericZygote | None = None,
+  ) -> None:
     self._control = control
+    self._numeric = numeric
     self._plan = plan
     self._root = root
     self._children: dict[int, tuple[int, str]] = {}  # job number -> (pid, private directory or "")
@@ -65,6 +77,8 @@ class Zygote:
     signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
     watched = [self._control.fileno(), self._wake_read]
+    if self._numeric is not None:
+      watched.append(self._numeric.socket.fileno())
     while True:
       police = bool(self._children) and not self._plan.private_tmp
       ready, _, _ = select.select(watched, [], [], _POLICE_SECONDS if police else None)
@@ -76,6 +90,12 @@ class Zygote:
         self._reap()
       if self._control.fileno() in ready and not self._receive():
         return
+      if self._numeric is not None and self._numeric.socket.fileno() in ready:
+        reports = self._numeric.receive()
+        if not reports:
+          return  # it is lost, and what it had started
+        for report in reports:
+          self._send(report)
       if police:
         self._police()
 
@@ -85,6 +105,8 @@ class Zygote:
       os.kill(pid, signal.SIGKILL)
     for pid, _ in self._children.values():
       os.waitpid(pid, 0)
+    if self._numeric is not None:
+      self._numeric.end()
     shutil.rmtree(self._root, ignore_errors=True)
 
   def _receive(self) -> bool:
@@ -103,11 +125,18 @@ class Zygote:
 
   def _handle(self, message: dict[str, Any]) -> None:
     if message["op"] == "spawn":
-      self._spawn(message, self._descriptors.pop(0))
+      descriptor = self._descriptors.pop(0)
+      if self._numeric is not None and message["is_numeric"]:
+        self._numeric.send(message, descriptor)
+        os.close(descriptor)
+      else:
+        self._spawn(message, descriptor)
     elif message["op"] == "kill":
       entry = self._children.get(message["id"])
       if entry is not None:
         os.kill(entry[0], signal.SIGKILL)
+      elif self._numeric is not None:
+        self._numeric.send(message)
 
   def _spawn(self, message: dict[str, Any], descriptor: int) -> None:
     number, parent = message["id"], os.getpid()
@@ -151,6 +180,8 @@ class Zygote:
       pid, status, usage = os.wait4(-1, os.WNOHANG)
       if pid == 0:
         return
+      if pid not in by_pid:
+        continue  # the numeric zygote: its socket says so too
       number = by_pid[pid]
       _, directory = self._children.pop(number)
       full = number in self._policed
@@ -177,6 +208,75 @@ class Zygote:
 
   def _send(self, message: dict[str, Any]) -> None:
     self._control.sendall(frames.encode(message))
+
+
+class NumericZygote:
+  """The first zygote's side of the second one.
+
+  Attributes:
+    socket: its control socket.
+    missing: numeric modules that are not installed.
+  """
+
+  def __init__(self, plan: jail.JailPlan, root: str, control: socket.socket) -> None:
+    """Forks it and waits until it has imported what it is for."""
+    self.socket, theirs = socket.socketpair()
+    self._reader = frames.FrameReader(frames.REPLY_BYTES)
+    self._pid = os.fork()
+    if self._pid == 0:
+      try:
+        self.socket.close()
+        control.close()
+        _serve_numeric(theirs, plan, root)
+      finally:
+        os._exit(0)
+    theirs.close()
+    greeting = self.receive()
+    if not greeting:
+      raise RuntimeError("the numeric libraries could not be preloaded")
+    self.missing: list[str] = greeting[0]["missing"]
+
+  def send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
+    """Passes on a control frame of the parent's, with the job's socket."""
+    ancillary = []
+    if descriptor is not None:
+      rights = array.array("i", [descriptor])
+      ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+    data = frames.encode(message)
+    sent = self.socket.sendmsg([data], ancillary)
+    if sent < len(data):
+      self.socket.sendall(data[sent:])
+
+  def receive(self) -> list[dict[str, Any]]:
+    """Waits for its reports; none when it is gone."""
+    reports: list[dict[str, Any]] = []
+    while not reports:
+      data = self.socket.recv(1 << 16)
+      if not data:
+        return []
+      reports = [frames.decode_trusted(body) for body in self._reader.feed(data)]
+    return reports
+
+  def end(self) -> None:
+    """Closes its socket, at which it kills its children and ends, and waits for it."""
+    self.socket.close()
+    with contextlib.suppress(ChildProcessError):  # it has been waited for
+      os.waitpid(self._pid, 0)
+
+
+def _serve_numeric(control: socket.socket, plan: jail.JailPlan, root: str) -> None:
+  """What the second zygote does, from its fork to its end."""
+  missing = _preload(_NUMERIC.split(), optional=True)
+  _warm_up()
+  plan.base_bytes = _address_space()
+  gc.collect()
+  gc.freeze()
+  control.sendall(frames.encode({"op": "hello", "missing": missing}))
+  zygote = Zygote(control, plan, root)
+  try:
+    zygote.serve()
+  finally:
+    zygote.end()
 
 
 def _too_full(directory: str) -> bool:
@@ -228,7 +328,6 @@ def main() -> None:
   gc.disable()
   child.block_modules()
   _preload(_LIBRARY.split(), optional=True)
-  missing = _preload(_NUMERIC.split(), optional=True) if options["numeric"] else []
   _preload(["awf.sandbox.program", "awf.sandbox.probe", *options["preload"]], optional=False)
   _warm_up()
   plan = jail.make_plan()
@@ -237,15 +336,16 @@ def main() -> None:
   os.chmod(root, 0o711)
   if "mnt" in plan.namespaces:
     plan.private_tmp = jail.try_private_tmp(os.path.join(root, "mount"))
+  numeric = NumericZygote(plan, root, control) if options["numeric"] else None
   plan.base_bytes = _address_space()
   gc.collect()
   gc.freeze()
-  zygote = Zygote(control, plan, root)
+  zygote = Zygote(control, plan, root, numeric)
   report = {
     "layers": plan.layers(),
     "landlock_abi": plan.landlock_abi,
     "namespaces": list(plan.namespaces),
-    "missing": missing,
+    "missing": numeric.missing if numeric is not None else [],
   }
   control.sendall(frames.encode({"op": "hello", **report}))
   try:

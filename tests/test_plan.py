@@ -96,8 +96,8 @@ def test_parts_of_the_sampler_by_hand(small, result):
   adapters = 2 * 4 * (2 * (d + d) + 2 * (d + k) + 3 * (d + f))
   decode = result["programs"]["sampler"]["parts"]["decode"]["flops"]
   s = make_setup(make_config(small), find_target("cpu")).shapes
-  assert (s.share, s.at_once, s.chunk) == (4, 8, 64), "4 prompts make 4 groups, padded to 8"
-  attention = 2 * 2 * 2 * (4 * 8 * 512 + rows * 64) * d
+  assert (s.share, s.at_once, s.chunk) == (4, 4, 64), "4 prompts make 4 groups"
+  attention = 2 * 2 * 2 * (4 * 4 * 512 + rows * 64) * d
   assert decode == pytest.approx(2 * rows * (matrices + adapters) + attention, rel=0.25)
   calls = result["programs"]["sampler"]["parts"]["decode_calls"]
   assert 0 < calls["bytes"] < result["programs"]["sampler"]["parts"]["decode"]["bytes"]

@@ -210,7 +210,7 @@ def test_close_in_mid_decode_with_some_called_off():
 def test_a_fault_of_the_device_fails_all_that_is_open_and_ends_the_engine():
   engine = Engine(TINY, PARAMS, **SIZES, queue=2)
 
-  def fault(lora, work):
+  def fault(*_):
     raise MemoryError("no memory left")
 
   engine.device.run = fault

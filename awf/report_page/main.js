@@ -102,6 +102,7 @@ function legend() {
     width: 12, height: 12, "fill-opacity": 0.06 + 0.94 * step / 4 }));
   return el("div", { class: "legend" },
     el("span", {}, "score 0", svg("svg", { viewBox: "0 0 60 18", class: "ramp" }, ramp), "1"),
+    el("span", {}, "0.5 on 2: of two problems, not yet of all"),
     sign(svg("path", { class: "cross", d: "M4,4L14,14M4,14L14,4" }), "failed"),
     sign(svg("circle", { class: "ring", cx: 9, cy: 9, r: 7 }), "best, and its line"),
     sign(svg("circle", { class: "disc copyof", cx: 9, cy: 9, r: 6 }), "equals an earlier one"),

@@ -87,6 +87,7 @@ class TreeView {
     this.layout = new Layout(search.nodes, search.path);
     this.open = open; // opens the details of a node, by its place in the lists
     this.say = say; // announces a node
+    this.most = search.nodes.count.reduce((a, b) => Math.max(a, b ?? 0), 0); // problems of a node
     this.chosen = -1;
     this.found = new Set();
     const best = new Set(search.path);
@@ -275,7 +276,8 @@ class TreeView {
         out.push(svg("text", { x: x - 3 * label.length, y: y + radius + 11 }, label));
       }
     } else if (this.scale > READABLE) {
-      const label = `${nodes.id[at]}: ${number(nodes.score[at], 2)}`;
+      const few = nodes.count[at] && nodes.count[at] < this.most ? ` on ${nodes.count[at]}` : "";
+      const label = `${nodes.id[at]}: ${number(nodes.score[at], 2)}${few}`;
       const marked = at === this.best || at === this.chosen ? 5 : 0;
       const start = x + radius + 6 + marked;
       out.push(svg("text", { x: start, y: y + 4 }, label));

@@ -77,7 +77,7 @@ def reference_logits(model, ids):
 
 def worst(ours, theirs, record_property):
   error = float(np.abs(np.asarray(ours) - theirs).max())
-  record_property("max_abs_error", error)
+  record_property("max_abs_error", float(error))
   print(f"max abs error {error:.2e}, logits up to {np.abs(theirs).max():.1f}")
   return error
 

@@ -46,7 +46,7 @@ def test_log_probs_of_generate(real_checkpoint, tmp_path, record_property):
     for i, (token, got) in enumerate(zip(row["token_ids"], row["logprobs"], strict=True)):
       worst = max(worst, abs(float(logp[first + i - 1, token]) - got))
       count += 1
-  record_property("max_abs_error", worst)
+  record_property("max_abs_error", float(worst))
   print(f"log-probs of {count} tokens: max abs error {worst:.2e}")
   assert count > 300 and worst <= 1e-3
 
@@ -101,7 +101,7 @@ BOUNDS = {
 def test_what_quantisation_costs(name, real_checkpoint, float_log_probs, record_property):
   quant, most, least = BOUNDS[name]
   kl, same, count = compare(real_checkpoint, float_log_probs, quant)
-  record_property("mean_kl", kl)
-  record_property("top1", same)
+  record_property("mean_kl", float(kl))
+  record_property("top1", float(same))
   print(f"{name}: mean KL {kl:.5f} nats, top-1 {100 * same:.2f} % of {count} tokens")
   assert count >= 2000 and kl <= most and same >= least

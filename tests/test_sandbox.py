@@ -40,8 +40,9 @@ def source_job(source, seed=0, limits=None, **payload):
   )
 
 
-def program_job(source, **payload):
-  return Job("awf.sandbox.program:run_program", {"source": textwrap.dedent(source), **payload})
+def program_job(source, seed=0, **payload):
+  payload = {"source": textwrap.dedent(source), **payload}
+  return Job("awf.sandbox.program:run_program", payload, seed)
 
 
 async def echo(method, params):
@@ -295,12 +296,20 @@ def test_asyncio_run_inside_a_program_is_virtual_too(box):
 
 def test_a_job_is_a_function_of_payload_seed_and_replies(box):
   source = """
-    import random, sys
+    import random
     def main(call):
-      numpy = sys.modules['numpy']
-      return [random.random(), float(numpy.random.rand()), hash('text'), list({'a', 'b', 'c'})]
+      return [random.random(), hash('text'), list({'a', 'b', 'c'})]
+  """
+  program = """
+    import random, numpy
+    def solve():
+      return [random.random(), numpy.random.rand(), hash('text'), list({'a', 'b', 'c'})]
   """
   first, second, other = (box.run_sync(source_job(source, seed=s)).value for s in (7, 7, 8))
+  assert first == second
+  assert first[0] != other[0] and first[1:] == other[1:]
+  runs = (box.run_sync(program_job(program, seed=s)).value["value"] for s in (7, 7, 8))
+  first, second, other = runs
   assert first == second
   assert first[0] != other[0] and first[1] != other[1] and first[2:] == other[2:]
 

@@ -31,7 +31,7 @@ class CountedTask:
     self._active += 1
     try:
       grade = await self._task.grade(problem, response)
-    except Exception:
+    except Exception:  # counted and passed on; a grading that was called off is no error
       self._counts["errors"] += 1
       raise
     finally:

@@ -171,7 +171,7 @@ def test_a_notebook_shows_it_in_a_frame(browser, page, tmp_path):
   text = html.escape(page.read_text(encoding="utf-8"))
   outside.write_text(f'<html data-ready="1"><iframe srcdoc="{text}" height="700"></iframe></html>')
   browser.open(outside)
-  browser.wait("frames[0].document.documentElement.dataset.ready")
+  browser.wait("frames[0]?.document?.documentElement?.dataset.ready")
   browser.value(
     "[...frames[0].document.querySelectorAll('button')].find(b => b.textContent === 'best').click()"
   )

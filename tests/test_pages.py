@@ -4,6 +4,7 @@ import random
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_sampler import CONTEXT, ROWS, TINY, V, check_logprobs, prompt
 from tiny_checkpoint import random_params
@@ -232,6 +233,22 @@ def test_few_pages_make_requests_wait_and_change_no_bit(engine):
     assert small.shapes.pages == CONTEXT // small.shapes.page, "one prompt of full length"
     assert small.generate(requests) == want
     assert small.generate(requests[:2]) == want[:2]
+
+
+def test_a_cache_of_one_chunk_gives_the_same_completions(engine):
+  """Few tokens of few rows are one chunk that no loop visits; neighbours change no bit there."""
+  requests = [
+    Request(prompt(20 + 30 * i, 60 + i), n=3, seed=i, max_new_tokens=10 + 40 * i) for i in range(3)
+  ]
+  with make_engine(max_new_tokens=128) as small:
+    assert (small.shapes.chunks, small.shapes.chunk) == (1, 128)
+    together = small.generate(requests)
+    assert [small.generate([request])[0] for request in requests] == together
+  assert engine.shapes.chunks > 1
+  for want, found in zip(engine.generate(requests), together, strict=True):
+    for one, other in zip(want, found, strict=True):
+      assert one.token_ids == other.token_ids
+      np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
 def test_rows_keep_room_for_the_longest_completion_alone():

@@ -35,9 +35,9 @@ from awf.search.tree import SEED, Node, Tree
 from awf.serve import LocalServer
 from awf.serve_app import Service, make_app
 from awf.summary import drop_summary, read_summary, write_summary
-from awf.system import System, hold_out, price
+from awf.system import System, hold_out
 from awf.terminal import track
-from awf.types import Problem, UserError
+from awf.types import Problem, UserError, price
 from awf.workflow.contract import operators_of
 
 log = logging.getLogger("awf")

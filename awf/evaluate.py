@@ -18,11 +18,11 @@ from ml_collections import ConfigDict
 
 from awf.files import write_atomic
 from awf.search.choose import Choice, choose, read_trees, seed_of
-from awf.system import System, hold_out, price
+from awf.system import System, hold_out
 from awf.tasks.quantities import parse_quantity
 from awf.tasks.stats import bootstrap_interval, paired_bootstrap, pass_at_k_values
 from awf.terminal import track
-from awf.types import Problem, UserError, WorkflowSource
+from awf.types import Problem, UserError, WorkflowSource, price
 from awf.workflow.contract import seed_source
 
 log = logging.getLogger("awf")

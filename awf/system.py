@@ -23,7 +23,15 @@ from awf.hosts import Cluster, Hosts
 from awf.membership import join, settings
 from awf.sandbox import Sandbox, SandboxConfig
 from awf.terminal import count_tokens
-from awf.types import LLM, Problem, SamplingParams, UserError, WorkflowSource, stable_hash
+from awf.types import (
+  LLM,
+  Problem,
+  SamplingParams,
+  UserError,
+  WorkflowSource,
+  price,
+  stable_hash,
+)
 from awf.workflow.contract import PRELOAD, seed_source
 from awf.workflow.own import add_operators
 
@@ -258,6 +266,7 @@ class System:
       config.reward,
       group_size=config.grpo.group_size,
       refill=config.grpo.refill,
+      prices=tuple(config.executor.prices),
       dataset=task.dataset,
       question_type=task.question_type,
     )
@@ -370,11 +379,6 @@ class System:
 
   def __exit__(self, *_: object) -> None:
     self.close()
-
-
-def price(tokens: Sequence[int], prices: Sequence[float]) -> float:
-  """USD of (prompt, generated) tokens at prices of a million of each."""
-  return sum(n * p for n, p in zip(tokens, prices, strict=True)) / 1e6
 
 
 def make_executor(name: str) -> LLM | None:

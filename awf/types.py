@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
@@ -163,3 +163,8 @@ def stable_hash(*parts: Any) -> int:
   """
   text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
   return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def price(tokens: Sequence[int], prices: Sequence[float]) -> float:
+  """USD of (prompt, generated) tokens at prices of a million of each."""
+  return sum(n * p for n, p in zip(tokens, prices, strict=True)) / 1e6

@@ -20,6 +20,7 @@ REPLIES = (
   reply("Ask for a na\u00efve guess.", workflow("Answer na\u00efvely.")),
   reply("Use an unknown prompt.", WorkflowSource(workflow("x").graph, "")),
 )
+PRICES = (2.0, 10.0)  # USD of a million prompt and generated tokens
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,10 @@ def sandbox():
 def written(sandbox, tmp_path_factory):
   """(search, folder of its workflows) after two rounds."""
   root = tmp_path_factory.mktemp("run") / "workspace"
-  fields = {"parents": 1, "group_size": 3, "full_top": 1, "problems": PROBLEMS[:6]}
+  fields = {
+    "parents": 1, "group_size": 3, "full_top": 1, "problems": PROBLEMS[:6],
+    "executor_prices": PRICES,
+  }  # fmt: skip
   search = make_search(sandbox, root, in_order(REPLIES), **fields)
   run_rounds(search, 2)
   return search, root / "AIME" / "workflows"
@@ -58,6 +62,22 @@ def test_rounds_hold_the_files_that_aflow_expects(written):
     "results.json",
     "template",
   ]
+
+
+def test_passes_and_rows_have_their_costs(written):
+  """By the executor's prices; in a CSV as the running sum that AFlow takes the largest of."""
+  search, path = written
+  for row in load(path / "results.json"):
+    node = search.tree.nodes[row["round"]]
+    prompt, generated = node.tokens
+    assert prompt > 0 and generated > 0
+    assert row["total_cost"] == pytest.approx((2 * prompt + 10 * generated) / 1e6, abs=1e-9)
+    assert row["avg_cost"] == pytest.approx(row["total_cost"] / len(node.scores), abs=1e-9)
+    (table,) = (path / f"round_{node.id}").glob("*.csv")
+    with open(table, newline="", encoding="utf-8") as f:
+      costs = [float(line["cost"]) for line in csv.DictReader(f)]
+    assert costs == sorted(costs) and 0 < costs[0] < costs[-1]
+    assert costs[-1] == pytest.approx(row["total_cost"], abs=1e-9)
 
 
 def test_results_and_experience_have_aflows_schema(written):

@@ -62,6 +62,7 @@ class SearchConfig:
   curriculum: str = "none"
   curriculum_share: float = 0.5
   start_share: float = 0.0
+  executor_prices: tuple[float, float] = (0.0, 0.0)  # config.executor.prices
   reward: RewardConfig = RewardConfig()
 
   def __post_init__(self) -> None:
@@ -113,6 +114,7 @@ class SearchConfig:
     *,
     group_size: int,
     refill: int = 0,
+    prices: tuple[float, float] = (0.0, 0.0),
     dataset: str,
     question_type: str,
   ) -> SearchConfig:
@@ -125,6 +127,7 @@ class SearchConfig:
       question_type=question_type,
       group_size=group_size,
       refill=refill,
+      executor_prices=prices,
       reward=RewardConfig(**dict(reward)),
       **fields,
     )

@@ -97,7 +97,7 @@ class MCTSOptimizer:
     self.config = config
     self.problems = tuple(problems)
     self.seed = seed
-    self.workspace = Workspace(workspace, config.dataset, config.operators)
+    self.workspace = Workspace(workspace, config.dataset, config.operators, config.executor_prices)
     self._by_id = {p.id: p for p in self.problems}
     self._proposer, self._agree = proposer, agree
     self._trials = Trials(runner, evaluator)

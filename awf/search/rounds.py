@@ -125,6 +125,7 @@ class Draft:
       modification=name,
       stage=stage,
       scores=verdict.scores,
+      tokens=verdict.tokens,
       born=self.round,
       log=verdict.log,
     )
@@ -138,7 +139,7 @@ class Draft:
     """
     _refuse_unscored(f"workflow of round {id}", verdict)
     self.use(self.tree.nodes[id].canonical, verdict.trials)
-    self.apply(evaluate_event(id, verdict.scores, "full", verdict.log))
+    self.apply(evaluate_event(id, verdict.scores, "full", verdict.log, verdict.tokens))
     self.trials[id] = verdict.trials
 
 
@@ -165,7 +166,8 @@ def grow(draft: Draft, children: Sequence[Child], full: Mapping[str, Verdict]) -
   for key, verdict in full.items():
     known = draft.tree.find(key)
     if known is not None:
-      draft.apply(evaluate_event(known.id, verdict.scores, "full", verdict.log))
+      event = evaluate_event(known.id, verdict.scores, "full", verdict.log, verdict.tokens)
+      draft.apply(event)
       draft.trials[known.id] = verdict.trials
   for child in children:
     if child.lost or not (child.source.graph or child.modification):
@@ -190,9 +192,10 @@ def _add_child(draft: Draft, child: Child, full: Mapping[str, Verdict]) -> None:
   verdict = full.get(child.canonical, child.verdict)
   stage = "full" if child.canonical in full else verdict.stage
   scores = verdict.scores if verdict.failure is None else {}
-  log, trials = verdict.log, verdict.trials
+  log, tokens, trials = verdict.log, verdict.tokens, verdict.trials
   if known is not None and known.stage == "full":  # its own scores rest on more problems
     stage, scores, log, trials = known.stage, known.scores, known.log, ()
+    tokens = known.tokens
   node = Node(
     id=draft.tree.next_id,
     parent=child.slot.parent.id,
@@ -202,6 +205,7 @@ def _add_child(draft: Draft, child: Child, full: Mapping[str, Verdict]) -> None:
     stage=stage,
     failure=verdict.failure,
     scores=scores,
+    tokens=tokens,
     before=child.slot.parent.score,
     born=draft.round,
     duplicate_of=known.id if known is not None else NO_NODE,

@@ -45,6 +45,7 @@ class Trial:
   failure: Failure | None = None
   calls: int = 0  # of the model
   tokens: int = 0  # that it generated
+  prompt_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,12 @@ class Verdict:
   @property
   def scores(self) -> dict[str, float]:
     return {t.problem.id: t.score for t in self.trials if not math.isnan(t.score)}
+
+  @property
+  def tokens(self) -> tuple[int, int]:
+    """Prompt and generated tokens of the trials that have a score."""
+    scored = [t for t in self.trials if not math.isnan(t.score)]
+    return sum(t.prompt_tokens for t in scored), sum(t.tokens for t in scored)
 
   @property
   def log(self) -> tuple[LogEntry, ...]:
@@ -135,7 +142,12 @@ class Trials:
       if math.isnan(grade.score):  # the grader itself failed
         failure = Failure("infrastructure", grade.reason or "the grader failed")
       trial = Trial(problem, float(grade.score), answer[-MAX_OUTPUT:], grade.answer, failure)
-    trial = dataclasses.replace(trial, calls=result.calls, tokens=result.completion_tokens)
+    trial = dataclasses.replace(
+      trial,
+      calls=result.calls,
+      tokens=result.completion_tokens,
+      prompt_tokens=result.prompt_tokens,
+    )
     if not math.isnan(trial.score):
       self._done[key, problem.id] = trial
     return trial

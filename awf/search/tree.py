@@ -39,6 +39,7 @@ class Node:
   stage: str  # the stage that it failed, or the last one that it passed
   failure: Failure | None = None  # None: evaluated; only such nodes can be selected
   scores: Mapping[str, float] = dataclasses.field(default_factory=dict)  # problem id -> [0, 1]
+  tokens: tuple[int, int] = (0, 0)  # prompt and generated tokens of that evaluation
   before: float = math.nan  # the parent's score at selection
   born: int = 0  # search round that made it
   duplicate_of: int = NO_NODE  # an earlier node with the same canonical text
@@ -60,7 +61,7 @@ class Node:
     """A JSON object; `Node.from_json` gives the node back."""
     out = dataclasses.asdict(self)
     out["before"] = None if math.isnan(self.before) else self.before
-    out["log"] = list(out["log"])
+    out["log"], out["tokens"] = list(out["log"]), list(self.tokens)
     return out
 
   @staticmethod
@@ -70,6 +71,7 @@ class Node:
     fields["failure"] = Failure(**fields["failure"]) if fields["failure"] else None
     fields["before"] = math.nan if fields["before"] is None else fields["before"]
     fields["scores"] = dict(fields["scores"])
+    fields["tokens"] = tuple(fields.get("tokens", (0, 0)))  # older runs have none
     fields["log"] = tuple(LogEntry(**entry) for entry in fields["log"])
     return Node(**fields)
 
@@ -139,7 +141,8 @@ class Tree:
     """New scores for a node (subset -> full); the difference goes up the tree, the visits stay."""
     node = self.nodes[event["id"]]
     log = tuple(LogEntry(**entry) for entry in event["log"])
-    fresh = dataclasses.replace(node, scores=dict(event["scores"]), stage=event["stage"], log=log)
+    scores, tokens = dict(event["scores"]), tuple(event.get("tokens", (0, 0)))
+    fresh = dataclasses.replace(node, scores=scores, tokens=tokens, stage=event["stage"], log=log)
     change = fresh.score - (node.score if node.evaluated else 0.0)
     nodes = {**self.nodes, node.id: fresh}
     return Tree(_back_up(nodes, node.id, visits=0 if node.visits else 1, value=change))
@@ -158,10 +161,17 @@ def add_event(node: Node) -> dict[str, Any]:
 
 
 def evaluate_event(
-  id: int, scores: Mapping[str, float], stage: str, log: Iterable[LogEntry]
+  id: int,
+  scores: Mapping[str, float],
+  stage: str,
+  log: Iterable[LogEntry],
+  tokens: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
   entries = [dataclasses.asdict(entry) for entry in log]
-  return {"event": "evaluate", "id": id, "scores": dict(scores), "stage": stage, "log": entries}
+  return {
+    "event": "evaluate", "id": id, "scores": dict(scores), "tokens": list(tokens), "stage": stage,
+    "log": entries,
+  }  # fmt: skip
 
 
 def expand_event(id: int) -> dict[str, Any]:

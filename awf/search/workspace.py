@@ -29,7 +29,7 @@ from awf.search.adopt import ADOPTED
 from awf.search.stages import LOGGED_BELOW, Trial
 from awf.search.template import template_files
 from awf.search.tree import NO_NODE, Node, Tree
-from awf.types import Problem, WorkflowSource
+from awf.types import Problem, WorkflowSource, price
 from awf.workflow.contract import graph_header
 
 _INPUTS_COLUMN = ("HumanEval", "MBPP", "DROP")  # data sets whose CSV calls the question `inputs`
@@ -52,11 +52,18 @@ class Workspace:
 
   is_kept = True
 
-  def __init__(self, root: Path | str, dataset: str, operators: tuple[str, ...]):
+  def __init__(
+    self,
+    root: Path | str,
+    dataset: str,
+    operators: tuple[str, ...],
+    prices: tuple[float, float] = (0.0, 0.0),
+  ):
     self.path = Path(root) / dataset / "workflows"
     self.journal = Path(root) / dataset / "journal.jsonl"
     self.dataset = dataset
     self._operators = operators  # that are offered to the optimiser
+    self._prices = prices  # of the executor: USD of a million prompt and generated tokens
 
   def round_path(self, id: int) -> Path:
     return self.path / f"round_{id}"
@@ -141,12 +148,14 @@ class Workspace:
     question = "inputs" if self.dataset in _INPUTS_COLUMN else "question"
     columns = [question, *(["context"] if self.dataset == "HotpotQA" else [])]
     rows.writerow([*columns, "prediction", "expected_output", "score", "cost"])
+    cost = 0.0  # AFlow's column is a running sum
     for t in trials:
       if not math.isnan(t.score):
+        cost += price((t.prompt_tokens, t.tokens), self._prices)
         asked = [_question(t.problem)]
         if len(columns) > 1:
           asked.append(str(t.problem.hidden.get("context", "")))
-        rows.writerow([*asked, t.output, _expected(t.problem), t.score, 0.0])
+        rows.writerow([*asked, t.output, _expected(t.problem), t.score, round(cost, 9)])
     return out.getvalue()
 
   def write_index(self, tree: Tree, stages: tuple[str, ...]) -> None:
@@ -165,7 +174,8 @@ class Workspace:
         results += [row for row in old if row.get("round") == node.id]
         continue
       stamp = stamps.get((node.id, node.score), now)
-      costs = {"avg_cost": 0.0, "total_cost": 0.0}
+      cost = price(node.tokens, self._prices)
+      costs = {"avg_cost": round(cost / len(node.scores), 9), "total_cost": round(cost, 9)}
       results.append({"round": node.id, "score": node.score, **costs, "time": stamp})
     _write(self.path / "results.json", _dump(results))
     _write(self.path / "processed_experience.json", _dump(processed_experience(tree)))

@@ -30,7 +30,7 @@ from awf.sampler.text import Decode
 __all__ = ["Engine", "Output", "Part", "QueueFull", "Request"]
 
 PAGE, CHUNK = 128, 64  # tokens of a prompt's page and of a completion's chunk
-SMALL_CHUNK = 1 << 20  # bytes of all rows' keys in a chunk of PAGE tokens: no more and it may serve
+IN_PLACE = 1 << 20  # most bytes of a layer's keys, of all rows, in the one chunk that has them all
 TPU_WIDTH = 256  # of both: fewer and larger pieces of a decode step
 PROMPT_BYTES = 3 << 29  # pages for prompts: what all rows could need unless that is more
 QUEUE = 8192  # completions that may wait for a row unless told otherwise
@@ -70,7 +70,7 @@ def make_shapes(
   own_tokens = min(max_new_tokens or context, context)
   page_bytes = page * token_bytes(config)
   layer_bytes = page_bytes // (2 * config.num_hidden_layers)
-  if on_cpu and own_tokens <= page and rows * layer_bytes <= SMALL_CHUNK:
+  if on_cpu and own_tokens <= page and rows * layer_bytes <= IN_PLACE:
     # One chunk is read where it lies. With more keys to read, copies of what is live are faster:
     # the copy takes two threads, a product of few rows takes one.
     chunk = page

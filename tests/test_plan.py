@@ -96,8 +96,9 @@ def test_parts_of_the_sampler_by_hand(small, result):
   adapters = 2 * 4 * (2 * (d + d) + 2 * (d + k) + 3 * (d + f))
   decode = result["programs"]["sampler"]["parts"]["decode"]["flops"]
   s = make_setup(make_config(small), find_target("cpu")).shapes
-  assert (s.share, s.at_once, s.chunk) == (4, 4, 64), "4 prompts make 4 groups"
-  attention = 2 * 2 * 2 * (4 * 4 * 512 + rows * 64) * d
+  assert (s.share, s.at_once) == (4, 4), "4 prompts make 4 groups"
+  assert (s.chunks, s.chunk) == (1, 128), "completions of few rows are read where they lie"
+  attention = 2 * 2 * 2 * (4 * 4 * 512 + rows * 128) * d
   assert decode == pytest.approx(2 * rows * (matrices + adapters) + attention, rel=0.25)
   # Of a workflow's calls no two have a prompt in common: each row is a group of its own.
   config = make_config(small)

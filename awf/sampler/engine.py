@@ -70,7 +70,7 @@ def make_shapes(
   own_tokens = min(max_new_tokens or context, context)
   page_bytes = page * token_bytes(config)
   layer_bytes = page_bytes // (2 * config.num_hidden_layers)
-  if on_cpu and own_tokens <= page and rows * layer_bytes <= IN_PLACE:
+  if on_cpu and chunk < own_tokens <= page and rows * layer_bytes <= IN_PLACE:
     # One chunk is read where it lies. With more keys to read, copies of what is live are faster:
     # the copy takes two threads, a product of few rows takes one.
     chunk = page

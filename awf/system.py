@@ -198,6 +198,7 @@ class System:
         seed=stable_hash(self.config.seed, "executor", repeat),
         dataset=self.task.dataset,
         question_type=self.task.question_type,
+        prices=tuple(self.config.executor.prices),
         concurrency=self.config.executor.concurrency,
         watch=lambda: self.gauges.during("evaluate"),
       )

@@ -27,7 +27,9 @@ from awf.qwen.model import (
   init_params,
   masked_attention,
   rope,
+  swiglu,
 )
+from awf.qwen.quant import FEW_ROWS
 from awf.types import UserError
 
 SIZES = dict(
@@ -237,6 +239,29 @@ def test_rope_scores_depend_on_distance_alone():
   assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
   assert abs(score(7, 3) - score(3, 7)) > 1e-3
   np.testing.assert_allclose(rope(q, jnp.zeros((1, 1), jnp.int32), 1e6), q)
+
+
+def test_sines_are_made_once_for_all_layers(model):
+  config, params = model
+  tokens = jnp.ones((3, 2), jnp.int32)
+
+  def hidden(params, tokens, positions):
+    return Qwen(config).apply({"params": params}, tokens, positions)[0]
+
+  text = jax.jit(hidden).lower(params, tokens, jnp.asarray(tokens)).compile().as_text()
+  assert text.count(" cosine(") == text.count(" sine(") == 1
+
+
+@pytest.mark.parametrize("rows", [3, FEW_ROWS + 1])
+def test_swiglu_in_columns_is_the_same_to_the_bit(rows):
+  gate, up = jax.random.normal(jax.random.key(0), (2, rows, 1, 40))
+  plain, columns = (jax.jit(swiglu, static_argnums=2)(gate, up, x) for x in (False, True))
+  assert columns.shape == gate.shape
+  np.testing.assert_array_equal(columns, plain)
+  got = jax.grad(lambda *x: jnp.sum(swiglu(*x, True) ** 2), (0, 1))(gate, up)
+  want = jax.grad(lambda g, u: jnp.sum((jax.nn.silu(g) * u) ** 2), (0, 1))(gate, up)
+  for one, other in zip(got, want, strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_fully_masked_row_is_finite():

@@ -1,5 +1,6 @@
 """Workflows in the real sandbox: contract, determinism, sharing, typed failures."""
 
+import ast
 import asyncio
 import json
 
@@ -18,7 +19,7 @@ from scripted import (
   source,
 )
 
-from awf.types import LLM, Problem, UserError, WorkflowSource, stable_hash
+from awf.types import LLM, Problem, UserError, WorkflowSource, price, stable_hash
 from awf.workflow import contract, prompts
 from awf.workflow.canonical import canonical
 from awf.workflow.runner import Shared
@@ -108,6 +109,19 @@ def test_usage_summary_has_aflows_keys(sandbox):
   keys = ["call_count", "history", "total_cost", "total_input_tokens", "total_output_tokens"]
   assert text.startswith(str([*keys, "total_tokens"]) + "10")
   assert "'input_cost', 'input_tokens', 'model'" in text
+
+
+def test_a_workflow_is_told_what_its_calls_cost(sandbox):
+  body = (
+    "await self.llm(problem)\n"
+    "s = self.llm.get_usage_summary()\n"
+    "return str([s['total_cost'], s['history'][0]['output_cost'], s['history'][0]['prices']]), 0.0"
+  )
+  told = run(sandbox, script("a b"), source(body), prices=(150.0, 600.0))
+  total, output, prices = ast.literal_eval(told.answer)
+  assert told.completion_tokens and output == pytest.approx(told.completion_tokens * 600.0 / 1e6)
+  assert total == pytest.approx(price((told.prompt_tokens, told.completion_tokens), (150.0, 600.0)))
+  assert prices == {"input_price": 0.15, "output_price": 0.6}  # of a thousand tokens, as AFlow's
 
 
 def test_what_the_parent_knows_stays_there(sandbox, monkeypatch):

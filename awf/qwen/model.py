@@ -13,6 +13,7 @@ within 1e-4.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from jax.core import Tracer
 from awf.qwen.adapted import adapted_matmul
 from awf.qwen.config import QwenConfig, Yarn
 from awf.qwen.quant import (
+  FEW_ROWS,
   Kernel,
   QuantKernel,
   Transposed,
@@ -131,6 +133,32 @@ def rotation(
   return Rotation(cos, sin) if yarn is None else Rotation(cos * yarn.scale, sin * yarn.scale)
 
 
+def shared_rotation(
+  positions_BT: jax.Array, head_dim: int, theta: float, yarn: Yarn | None = None
+) -> Rotation:
+  """`rotation`, made once for all layers, behind something that the compiler fuses nothing across.
+
+  XLA's CPU backend takes optimisation barriers away before it fuses, and then makes the sines again
+  beside each of their uses: 20 times the work of turning a head. A branch it leaves alone.
+  """
+
+  def make(positions_BT):
+    return rotation(positions_BT, head_dim, theta, yarn)
+
+  def nothing(positions_BT):
+    zero = jnp.zeros((*positions_BT.shape, 1, head_dim // 2), jnp.float32)
+    return Rotation(zero, zero)
+
+  def in_branch(positions_BT):
+    is_real = positions_BT[0, 0] > jnp.iinfo(jnp.int32).min
+    return jax.lax.cond(is_real, make, nothing, positions_BT)
+
+  def in_line(positions_BT):
+    return Rotation(*jax.lax.optimization_barrier(make(positions_BT)))
+
+  return jax.lax.platform_dependent(positions_BT, cpu=in_branch, default=in_line)
+
+
 def rotate(x_BTxH: jax.Array, by: Rotation) -> jax.Array:
   """Rotary position embedding; halves rotate against each other, as Hugging Face's rotate_half."""
   x1, x2 = jnp.split(x_BTxH.astype(jnp.float32), 2, axis=-1)
@@ -145,17 +173,35 @@ def rope(
   return rotate(x_BTxH, rotation(positions_BT, x_BTxH.shape[-1], theta, yarn))
 
 
-@jax.custom_vjp
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """silu(gate) x up. The backward pass has the two arguments alone, no part of the sigmoid."""
-  return jax.nn.silu(gate) * up
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def swiglu(gate: jax.Array, up: jax.Array, is_turned: bool = False) -> jax.Array:
+  """silu(gate) x up. The backward pass has the two arguments alone, no part of the sigmoid.
+
+  Args:
+    gate, up: [..., F].
+    is_turned: both come from matrices that lie turned and the result goes to one, so that on a CPU
+      few rows of them are columns in memory (`awf.qwen.quant.matmul`); they stay columns then.
+  """
+
+  def plain(gate, up):
+    return jax.nn.silu(gate) * up
+
+  def in_columns(gate, up):
+    columns = (x.reshape(-1, x.shape[-1]).T for x in (gate, up))
+    return jax.lax.optimization_barrier(plain(*columns)).T.reshape(gate.shape)
+
+  if not is_turned or math.prod(gate.shape[:-1]) > FEW_ROWS:
+    return plain(gate, up)
+  return jax.lax.platform_dependent(gate, up, cpu=in_columns, default=plain)
 
 
-def _swiglu_fwd(gate, up):
+def _swiglu_fwd(gate, up, is_turned):
+  del is_turned
   return jax.nn.silu(gate) * up, (gate, up)
 
 
-def _swiglu_bwd(saved, d_y):
+def _swiglu_bwd(is_turned, saved, d_y):
+  del is_turned
   gate, up = saved
   share = jax.nn.sigmoid(gate)
   d_gate = d_y * up * (share * (1 + gate * (1 - share)))
@@ -233,7 +279,9 @@ class Block(nn.Module):
     y = self._norm("post_attention_layernorm")(x_BTD)
     gate = self._linear("gate_proj", c.intermediate_size)(y, adapter_B)
     up = self._linear("up_proj", c.intermediate_size)(y, adapter_B)
-    return x_BTD + self._linear("down_proj", c.hidden_size)(swiglu(gate, up), adapter_B)
+    is_turned = "kernel_t" in self.variables.get("params", {}).get("down_proj", {})
+    hidden = swiglu(gate, up, is_turned)
+    return x_BTD + self._linear("down_proj", c.hidden_size)(hidden, adapter_B)
 
 
 class Qwen(nn.Module):
@@ -277,10 +325,7 @@ class Qwen(nn.Module):
       apply_block = self._apply_block
     else:
       apply_block = self._traced_once()
-    # Behind a barrier: else XLA computes the sines again beside each of their uses.
-    by = Rotation(
-      *jax.lax.optimization_barrier(rotation(positions_BT, c.head_dim, c.rope_theta, c.yarn))
-    )
+    by = shared_rotation(positions_BT, c.head_dim, c.rope_theta, c.yarn)
     new = []
     for l in range(c.num_hidden_layers):  # noqa: E741  (L is the layer axis)
       x, cache = apply_block(l, x, by, attend, caches[l], adapter_B)

@@ -7,16 +7,27 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from awf.sandbox.child import JobError
+from awf.types import price
 
 Call = Callable[[str, Any], Awaitable[Any]]
 
 
 class Session:
-  """What all model clients of one job share: channel, public tests, counts of equal prompts."""
+  """What all model clients of one job share: channel, public tests, counts of equal prompts.
 
-  def __init__(self, call: Call, public_tests: tuple[str, ...] = ()) -> None:
+  Attributes:
+    prices: USD of a million prompt and a million generated tokens.
+  """
+
+  def __init__(
+    self,
+    call: Call,
+    public_tests: tuple[str, ...] = (),
+    prices: tuple[float, float] = (0.0, 0.0),
+  ) -> None:
     self.call = call
     self.public_tests = public_tests
+    self.prices = prices
     self._asked: dict[str, int] = {}
 
   async def ask(self, messages: list[dict[str, str]]) -> dict[str, Any]:
@@ -64,28 +75,32 @@ class ModelClient:
     return reply["text"]
 
   def _record(self, prompt_tokens: int, completion_tokens: int) -> None:
+    prices = self.session.prices
+    used = (prompt_tokens, completion_tokens)
+    costs = [price((used[0], 0), prices), price((0, used[1]), prices)]
     self._history.append(
       {
         "model": getattr(self.config, "model", ""),
         "input_tokens": prompt_tokens,
         "output_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "input_cost": 0.0,
-        "output_cost": 0.0,
-        "total_cost": 0.0,
-        "prices": {"input_price": 0.0, "output_price": 0.0},
+        "total_tokens": sum(used),
+        "input_cost": costs[0],
+        "output_cost": costs[1],
+        "total_cost": sum(costs),
+        # AFlow's are of a thousand tokens.
+        "prices": {"input_price": prices[0] / 1000, "output_price": prices[1] / 1000},
       }
     )
 
   def get_usage_summary(self) -> dict[str, Any]:
-    """AFlow's usage summary; a local model costs nothing, so the costs are 0.0."""
+    """AFlow's usage summary, costs in USD by `executor.prices`; 0.0 where those are not set."""
     inputs = sum(one["input_tokens"] for one in self._history)
     outputs = sum(one["output_tokens"] for one in self._history)
     return {
       "total_input_tokens": inputs,
       "total_output_tokens": outputs,
       "total_tokens": inputs + outputs,
-      "total_cost": 0.0,
+      "total_cost": sum((one["total_cost"] for one in self._history), 0.0),
       "call_count": len(self._history),
       "history": [dict(one) for one in self._history],
     }

@@ -123,6 +123,8 @@ class WorkflowRunner:
     seed: of all randomness.
     dataset: AFlow's name of the data set.
     question_type: qa, math or code; code workflows also get the entry point.
+    prices: of the executor, USD of a million prompt and generated tokens; for the cost that a
+      workflow is told.
     concurrency: workflows that run at a time.
     watch: is entered while a workflow is asked for, until its result is there.
 
@@ -140,6 +142,7 @@ class WorkflowRunner:
     seed: int = 0,
     dataset: str,
     question_type: str,
+    prices: tuple[float, float] = (0.0, 0.0),
     concurrency: int = 64,
     watch: Callable[[], AbstractContextManager[None]] = nullcontext,
   ) -> None:
@@ -153,6 +156,7 @@ class WorkflowRunner:
     self._seed = seed
     self._dataset = dataset
     self._is_code = question_type == "code"
+    self._prices = prices
     self._concurrency, self._watch = concurrency, watch
     self._gate: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
     self._results: Shared[WorkflowResult] = Shared(lambda value: not _is_infrastructure(value))
@@ -234,6 +238,7 @@ class WorkflowRunner:
       "question_id": problem.id if self._dataset == "LiveCodeBench" else "",
       "dataset": self._dataset,
       "public_tests": list(problem.public_tests),
+      "prices": list(self._prices),
     }
     methods = {"llm": self._ask, "program": self._program, "test": self._test}
 

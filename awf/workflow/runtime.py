@@ -183,8 +183,9 @@ async def run_workflow(payload: dict[str, Any], call: Call) -> dict[str, Any]:
   """Runs a workflow on one problem.
 
   Args:
-    payload: "graph", "prompt" (texts), "problem", "dataset", "public_tests" (list of texts); for
-      code data sets "entry_point", for LiveCodeBench "question_id", both else "".
+    payload: "graph", "prompt" (texts), "problem", "dataset", "public_tests" (list of texts),
+      "prices" (USD of a million prompt and of a million generated tokens); for code data sets
+      "entry_point", for LiveCodeBench "question_id", both else "".
     call: the channel to the parent: methods "llm", "program" and "test".
 
   Returns:
@@ -194,7 +195,7 @@ async def run_workflow(payload: dict[str, Any], call: Call) -> dict[str, Any]:
     JobError: kinds "format" and "policy". Other exceptions of the graph end the job as kind
       "crash"; a call that the parent refused ends it with the parent's kind.
   """
-  session = Session(call, tuple(payload["public_tests"]))
+  session = Session(call, tuple(payload["public_tests"]), tuple(payload["prices"]))
   arguments = [payload["problem"]]
   if payload["entry_point"]:
     arguments.append(payload["entry_point"])

@@ -280,7 +280,7 @@ class Block(nn.Module):
     gate = self._linear("gate_proj", c.intermediate_size)(y, adapter_B)
     up = self._linear("up_proj", c.intermediate_size)(y, adapter_B)
     is_turned = "kernel_t" in self.variables.get("params", {}).get("down_proj", {})
-    hidden = swiglu(gate, up, is_turned)
+    hidden: Any = swiglu(gate, up, is_turned)
     return x_BTD + self._linear("down_proj", c.hidden_size)(hidden, adapter_B)
 
 

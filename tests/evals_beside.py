@@ -18,12 +18,18 @@ five      five calls, one after the other, of one prompt
 ensemble  the same, then ScEnsemble, whose tag a small model seldom gives
 fails     one call, then a key that its reply has not, as in many a proposal of a search
 
-The last line is JSON: what every turn took and used, evaluations/s, medians of the rounds' ratios.
+With --matrix=FILE.json.gz (see tests/replay.py) and --count=N the graphs are N programs of its real
+searches, evenly spread over all that were proposed, under names of their own; our side evaluates
+all of them once more together, as a search does, with as many problems in flight as before.
+
+The last line is JSON: what every turn took and used, evaluations/s, medians of the rounds' ratios,
+and of all graphs: the seconds of each side as a multiple of ours, one after the other and together.
 """
 
 import argparse
 import asyncio
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -61,7 +67,17 @@ GRAPHS = {
   "ensemble": HEAD + FIVE + VOTE + TAIL % 'solution["response"]',
   "fails": HEAD + CALL + TAIL % 'solution["answer"]',
 }
-PROMPT = 'STEPS_PROMPT = """Think step by step.\\n"""\n'
+STEPS = 'STEPS_PROMPT = """Think step by step.\\n"""\n'
+
+
+def sources(args):
+  """Graph and prompt module by name, in the order of their rounds in AFlow's workspace."""
+  if not args.matrix:
+    return {name: (graph, STEPS) for name, graph in GRAPHS.items()}
+  programs = json.loads(gzip.decompress(Path(args.matrix).read_bytes()))["programs"]
+  keys = sorted(programs)
+  chosen = [keys[i * len(keys) // args.count] for i in range(args.count)]
+  return {f"p{i}": (programs[k]["graph"], programs[k]["prompt"]) for i, k in enumerate(chosen)}
 
 
 def read_rows(args):
@@ -79,7 +95,7 @@ class AFlow:
   """AFlow's evaluator, with a folder of ours as its working directory."""
 
   def __init__(self, args):
-    del args
+    self.names = list(sources(args))
     sys.path[:0] = [os.getcwd(), os.environ["AFLOW"]]
 
   def turn(self, flight, name, temperature, salt, rows):
@@ -95,7 +111,7 @@ class AFlow:
     from scripts.async_llm import LLMConfig
     from scripts.evaluator import Evaluator
 
-    number = 101 + list(GRAPHS).index(name)
+    number = 101 + self.names.index(name)
     module = import_module(f"workspace.GSM8K.workflows.round_{number}.graph")
     folder = f"workspace/GSM8K/workflows/round_{number}"
     Path(folder, "log.json").unlink(missing_ok=True)
@@ -139,7 +155,7 @@ class Awf:
     from awf.runtime_setup import setup_jax
 
     setup_jax()
-    self.policy, self.args = make_policy(config), args
+    self.policy, self.args, self.sources = make_policy(config), args, sources(args)
     self.task = make_task({"name": "gsm8k"})
 
   def turn(self, flight, name, temperature, salt, rows):
@@ -148,21 +164,21 @@ class Awf:
 
     sampling = SamplingParams(temperature, max_new_tokens=self.args.new)
     problems = [self.task.to_problem(row, i) for i, row in enumerate(rows)]
-    source = WorkflowSource(GRAPHS[name], PROMPT)
+    sources = [WorkflowSource(*self.sources[one]) for one in name.split("+")]
     started = time.perf_counter()
     runner = WorkflowRunner(
       self.sandbox, self.policy, sampling, seed=salt, dataset="GSM8K", question_type="math",
       concurrency=flight,
     )  # fmt: skip
 
-    async def one(problem):
+    async def one(source, problem):
       result = await runner.run(source, problem)
       if result.failure is not None and result.failure.kind == "infrastructure":
-        raise SystemExit(f"{name}: {result.failure}")
+        raise SystemExit(f"{source.graph}\n{result.failure}")
       return 0.0 if result.answer is None else (await self.task.grade(problem, result.answer)).score
 
     async def run():
-      return await asyncio.gather(*map(one, problems))
+      return await asyncio.gather(*(one(s, p) for s in sources for p in problems))
 
     scores = asyncio.run(run())
     used = runner.stats()
@@ -210,6 +226,7 @@ def start_worker(args, name, folder, served, stack):
   """A function that gives one side a turn."""
   python = sys.executable if name == "awf" else args.python
   command = [python, str(Path(__file__).resolve()), f"--worker={name}", *sys.argv[1:]]
+  command += [f"--matrix={Path(args.matrix).resolve()}"] if args.matrix else []
   env = {**os.environ, "SERVED": served, "AFLOW": str(Path(args.aflow).resolve())}
   process = subprocess.Popen(
     command, cwd=ROOT if name == "awf" else folder, env=env, text=True,
@@ -229,27 +246,27 @@ def start_worker(args, name, folder, served, stack):
   return turn
 
 
-def write_rounds(folder):
+def write_rounds(args, folder):
   """The graphs as rounds of AFlow's workspace, beside its own template."""
   sys.path[:0] = [str(ROOT)]
   from awf.workflow.contract import graph_header
 
-  for number, graph in enumerate(GRAPHS.values(), start=101):
+  for number, (graph, prompt) in enumerate(sources(args).values(), start=101):
     path = folder / f"workspace/GSM8K/workflows/round_{number}"
     path.mkdir(parents=True)
     (path / "graph.py").write_text(graph_header("GSM8K", number) + graph)
-    (path / "prompt.py").write_text(PROMPT)
+    (path / "prompt.py").write_text(prompt)
     (path / "__init__.py").touch()
 
 
 def compare(args):
   with contextlib.ExitStack() as stack:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    write_rounds(folder)
+    write_rounds(args, folder)
     rows = read_rows(args)
     served = start_server(args, folder, stack)
     workers = {n: start_worker(args, n, folder, served, stack) for n in ("aflow", "awf")}
-    found = {}
+    found, together = {}, []
 
     def turn(side, name, temperature, number, count):
       flight = SIDES[side] or args.flight
@@ -267,7 +284,27 @@ def compare(args):
           rounds.append({side: done[side] for side in SIDES})
           print(name, temperature, json.dumps(rounds[-1]), file=sys.stderr, flush=True)
         found[f"{name} {temperature}"] = summary(rounds, args.problems)
-  print(json.dumps({"problems": args.problems, "flight": args.flight, "graphs": found}))
+    if args.matrix:
+      for temperature in args.temperatures:
+        for number in range(args.rounds):
+          names = "+".join(args.graphs)
+          together.append(turn("awf", names, temperature, number, args.problems)["seconds"])
+  print(json.dumps({
+    "problems": args.problems, "flight": args.flight, "graphs": found,
+    "all": total(found, together),
+  }))  # fmt: skip
+
+
+def total(found, together):
+  """Seconds of each side for all graphs, failures included, and as multiples of ours."""
+  rounds = [one for graph in found.values() for one in graph["rounds"]]
+  seconds = {side: sum(one[side]["seconds"] for one in rounds) for side in SIDES}
+  ours = {"awf": seconds["awf"], **({"together": sum(together)} if together else {})}
+  ratios = {
+    f"{side}/{name}": round(seconds[side] / one, 2)
+    for side in SIDES if side != "awf" for name, one in ours.items()
+  }  # fmt: skip
+  return {"seconds": {**seconds, **ours}, "ratio": ratios}
 
 
 def summary(rounds, problems):
@@ -295,7 +332,9 @@ def main():
   parser.add_argument("--problems", type=int, default=64, help="of a turn")
   parser.add_argument("--flight", type=int, default=64, help="problems at a time")
   parser.add_argument("--rounds", type=int, default=5)
-  parser.add_argument("--graphs", default="one,five,ensemble,fails", type=lambda x: x.split(","))
+  parser.add_argument("--graphs", default="", help="names with commas; all of them unless given")
+  parser.add_argument("--matrix", default="", help="programs of real searches, tests/replay.py")
+  parser.add_argument("--count", type=int, default=12, help="of these programs")
   parser.add_argument(
     "--temperatures", default="1.0,0.0", type=lambda x: list(map(float, x.split(",")))
   )
@@ -305,6 +344,7 @@ def main():
   args = parser.parse_args()
   if args.new % 64:
     parser.error("--new: expected a multiple of 64, in which the engine keeps room")
+  args.graphs = args.graphs.split(",") if args.graphs else list(sources(args))
   if args.worker:
     worker(args)
   else:

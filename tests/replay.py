@@ -3,6 +3,7 @@
   python tests/replay.py --collect=DIR       runs the shipped model; goes on where it was ended
   python tests/replay.py --pack=DIR --matrix=FILE.json.gz    the complete blocks as one file
   python tests/replay.py --replay --matrix=FILE.json.gz --seeds=200
+  python tests/replay.py --live=DIR --seeds=3 --rounds=4 --parents=4    real searches, both ways
 
 The matrix holds the outcome and the generated tokens of every program on every problem. A replayed
 search is `awf.search.mcts.MCTSOptimizer` as it is: its parents, stages, rewards and choices; only
@@ -240,6 +241,7 @@ def main() -> int:
   parser.add_argument("--collect", type=Path, help="folder of a collection, new or to go on with")
   parser.add_argument("--pack", type=Path, help="folder of a collection")
   parser.add_argument("--replay", action="store_true")
+  parser.add_argument("--live", type=Path, help="folder of real searches, new or to go on with")
   parser.add_argument("--matrix", type=Path, help="file of a packed matrix")
   parser.add_argument("--children", type=int, default=300)
   parser.add_argument("--starts", type=int, default=24)
@@ -255,6 +257,10 @@ def main() -> int:
   if args.pack:
     text = json.dumps(pack(args.pack), separators=(",", ":"))
     args.matrix.write_bytes(gzip.compress(text.encode(), mtime=0))
+  if args.live:
+    from replay_collect import live
+
+    live(args.live, range(args.seeds), args.rounds, args.parents)
   if args.replay:
     seeds = range(args.seeds)
     result = compare(load(args.matrix), seeds, rounds=args.rounds, parents=args.parents)

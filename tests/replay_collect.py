@@ -1,8 +1,10 @@
-"""Collects an outcome matrix: programs that real searches proposed, each run on every problem.
+"""Real searches for tests/replay.py: an outcome matrix of what they proposed; staged beside full.
 
-Used by `tests/replay.py --collect`. The searches are the quickstart's (frozen policy, its parents,
-start workflows and stages); every different program that passes the static check is then run on
-all problems of the matrix, validation and test alike.
+`--collect`: programs that real searches proposed, each run on every problem. The searches are the
+quickstart's (frozen policy, its parents, start workflows and stages); every different program that
+passes the static check is then run on all problems of the matrix, validation and test alike.
+
+`--live`: the same search twice, staged as the quickstart's and with every proposal in full.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from awf.system import System
 from awf.types import Problem, WorkflowSource
 from awf.workdir import Workdir
 
-AT_ONCE = 16  # programs that are run at the same time
+AT_ONCE = 64  # programs that are run at the same time
 RIGHT, WRONG, EMPTY, FAILED = "1", "0", "e", "f"  # outcome of a program on a problem
 
 
@@ -75,6 +77,54 @@ async def _collect(system: System, folder: Path, children: int, blocks: int, see
       with open(matrix, "a", encoding="utf-8") as out:
         out.writelines(json.dumps({**row, "block": block}) + "\n" for row in made)
       print(f"block {block}: {start + len(batch)} of {len(left)} programs", flush=True)
+
+
+FULL = {"smoke_problems": 0, "full_top": 0}  # every proposal on all problems at once
+
+
+def live(folder: Path, seeds: Sequence[int], rounds: int, parents: int) -> list[dict[str, Any]]:
+  """Searches with the shipped model, for each seed staged and in full.
+
+  Args:
+    folder: gets a run for each; a search that has its `result.json` is not run again.
+
+  Returns:
+    For each search: seed, mode, score of the chosen workflow on all test problems, its score on the
+    validation problems, the executor's generated tokens, workflow runs.
+  """
+  results = []
+  for seed in seeds:
+    for mode in ("staged", "full"):
+      run = folder / f"{mode}_{seed}"
+      file = folder / f"{mode}_{seed}.json"
+      if not file.exists():
+        config = load_config("configs/quickstart.py")
+        config.seed, config.search.rounds, config.search.parents = seed, rounds, parents
+        config.sandbox.wall_seconds = 600.0
+        if mode == "full":
+          config.search.update(FULL, subset_problems=config.search.full_problems)
+        with Workdir(run) as workdir:
+          workdir.open(config, "search")
+          with System(resolve_paths(config), workdir) as system:
+            result = asyncio.run(_live(system))
+        file.write_text(json.dumps({"seed": seed, "mode": mode, **result}), encoding="utf-8")
+      results.append(json.loads(file.read_text(encoding="utf-8")))
+      print(json.dumps(results[-1]), flush=True)
+  return results
+
+
+async def _live(system: System) -> dict[str, Any]:
+  search = system.make_search(0)
+  while not search.why_done():
+    await search.round()
+  best, used = search.best(), system.executor_totals()
+  cells = await asyncio.gather(*(_cell(system, best.source, p) for p in system.test))
+  return {
+    "test": sum(outcome == RIGHT for outcome, _ in cells) / len(cells),
+    "validation": best.score,
+    "tokens": used["completion_tokens"],
+    "runs": used["jobs"],
+  }
 
 
 def _in_turns(problems: Sequence[Problem]) -> list[Problem]:

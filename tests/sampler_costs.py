@@ -6,13 +6,17 @@ top-p     16 rows at top-p 0.95 against plain sampling, processor seconds of a d
           model is the checkpoint's architecture with random weights and a vocabulary of 151,936,
           at a temperature that makes its distributions about as narrow as a language model's
 adapters  16 rows of which half use an adapter of rank 16, against the base alone, likewise
-first     seconds of the first call of a new process with a warm compilation cache, engine and all
+first     seconds of the first call of a new process with a warm compilation cache, engine and all:
+          16 prompts of 128 tokens are prefilled, a token of each is drawn; `again` is the same call
+          with other prompts
+first-one the same with a single prompt
 
 The last line is JSON: every round, and medians of ratios or of seconds.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -40,8 +44,8 @@ def engine(config, params):
   )  # fmt: skip
 
 
-def call(engine, salt, **fields):
-  """Draws NEW tokens in each of ROWS rows; `fields` of requests may be functions of the row."""
+def call(engine, salt, rows=ROWS, **fields):
+  """Draws NEW tokens in each of these rows; `fields` of requests may be functions of the row."""
   from awf.sampler.request import Request
 
   return engine.generate(
@@ -51,7 +55,7 @@ def call(engine, salt, **fields):
       ignore_eos=True,
       **{"max_new_tokens": NEW, **{k: x(i) if callable(x) else x for k, x in fields.items()}},
     )
-    for i in range(ROWS)
+    for i in range(rows)
   )
 
 
@@ -109,11 +113,11 @@ def adapters(args):
     return in_turns(made, args.rounds, (None, {}), (stack_adapters([lora]), mixed))
 
 
-def first(args):
-  """Seconds of a process of its own: [{wall, processor}]; the first of all fills the cache."""
+def first(args, rows=ROWS):
+  """Seconds in processes of their own: [{wall, processor, again}]; the first fills the cache."""
   found = []
   for _ in range(args.rounds + 1):
-    command = [sys.executable, __file__, f"--model={args.model}", "--works=one-call"]
+    command = [sys.executable, __file__, f"--model={args.model}", f"--one-call={rows}"]
     line = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found.append(json.loads(line.splitlines()[-1]))
   return found[1:]
@@ -126,29 +130,37 @@ def one_call(args):
   jax.block_until_ready(params)
   began, spent = time.perf_counter(), time.process_time()
   with engine(config, params) as made:
-    call(made, 1, max_new_tokens=1)
+    call(made, 1, args.one_call, max_new_tokens=1)
     wall, processor = time.perf_counter() - began, time.process_time() - spent
-  return {"wall": round(wall, 3), "processor": round(processor, 3)}
+    began = time.perf_counter()
+    call(made, 2, args.one_call, max_new_tokens=1)
+    again = time.perf_counter() - began
+  return {"wall": round(wall, 3), "processor": round(processor, 3), "again": round(again, 3)}
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--model", required=True)
-  parser.add_argument("--works", default="top-p,adapters,first", type=lambda x: x.split(","))
+  parser.add_argument(
+    "--works", default="top-p,adapters,first,first-one", type=lambda x: x.split(",")
+  )
   parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--one-call", type=int, default=0, help="rows; what `first` starts itself")
   args = parser.parse_args()
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   from awf.runtime_setup import setup_jax
 
   setup_jax()
-  if args.works == ["one-call"]:
+  if args.one_call:
     print(json.dumps(one_call(args)))
     return
+  sides = {"top-p": top_p, "adapters": adapters, "first": first}
+  sides["first-one"] = functools.partial(first, rows=1)
   found = {}
   for work in args.works:
-    rounds = {"top-p": top_p, "adapters": adapters, "first": first}[work](args)
+    rounds = sides[work](args)
     found[work] = {"rounds": rounds}
-    if work == "first":
+    if work.startswith("first"):
       for part in rounds[0]:
         found[work][part] = statistics.median(r[part] for r in rounds)
     else:

@@ -249,6 +249,7 @@ def main() -> int:
   parser.add_argument("--seeds", type=int, default=200)
   parser.add_argument("--rounds", type=int, default=10)
   parser.add_argument("--parents", type=int, default=8)
+  parser.add_argument("--problems", type=int, default=90, help="of a full evaluation, live")
   args = parser.parse_args()
   if args.collect:
     from replay_collect import collect
@@ -260,7 +261,7 @@ def main() -> int:
   if args.live:
     from replay_collect import live
 
-    live(args.live, range(args.seeds), args.rounds, args.parents)
+    live(args.live, range(args.seeds), args.rounds, args.parents, args.problems)
   if args.replay:
     seeds = range(args.seeds)
     result = compare(load(args.matrix), seeds, rounds=args.rounds, parents=args.parents)

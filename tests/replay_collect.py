@@ -82,11 +82,16 @@ async def _collect(system: System, folder: Path, children: int, blocks: int, see
 FULL = {"smoke_problems": 0, "full_top": 0}  # every proposal on all problems at once
 
 
-def live(folder: Path, seeds: Sequence[int], rounds: int, parents: int) -> list[dict[str, Any]]:
+def live(
+  folder: Path, seeds: Sequence[int], rounds: int, parents: int, problems: int
+) -> list[dict[str, Any]]:
   """Searches with the shipped model, for each seed staged and in full.
 
   Args:
-    folder: gets a run for each; a search that has its `result.json` is not run again.
+    folder: gets a run and a file of results for each; what has its results is not run again.
+    seeds: of the runs.
+    rounds, parents: of a search.
+    problems: validation problems of a full evaluation; the common subset is a fifth of them.
 
   Returns:
     For each search: seed, mode, score of the chosen workflow on all test problems, its score on the
@@ -100,9 +105,12 @@ def live(folder: Path, seeds: Sequence[int], rounds: int, parents: int) -> list[
       if not file.exists():
         config = load_config("configs/quickstart.py")
         config.seed, config.search.rounds, config.search.parents = seed, rounds, parents
+        share = config.search.subset_problems / config.search.full_problems
+        config.search.full_problems = problems
+        config.search.subset_problems = max(4, round(problems * share))
         config.sandbox.wall_seconds = 600.0
         if mode == "full":
-          config.search.update(FULL, subset_problems=config.search.full_problems)
+          config.search.update(FULL, subset_problems=problems)
         with Workdir(run) as workdir:
           workdir.open(config, "search")
           with System(resolve_paths(config), workdir) as system:

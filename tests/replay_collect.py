@@ -163,7 +163,7 @@ async def _search(system: System, children: int, seeds: int) -> dict[str, Any]:
         key: Any = ""
         if isinstance(edit, Edit):
           key = check(edit.source, parent, search.config.operators, search.config.is_code)
-        if isinstance(key, str) and key:
+        if isinstance(edit, Edit) and isinstance(key, str) and key:
           sources.setdefault(key, edit.source)
           proposals.append([parent.canonical, key])
         else:

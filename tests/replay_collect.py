@@ -27,6 +27,7 @@ from awf.workdir import Workdir
 
 AT_ONCE = 64  # programs that are run at the same time
 RIGHT, WRONG, EMPTY, FAILED = "1", "0", "e", "f"  # outcome of a program on a problem
+FULL = {"smoke_problems": 0, "full_top": 0}  # every proposal on all problems at once
 
 
 def collect(folder: Path, children: int, starts: int, blocks: int, seeds: int) -> None:
@@ -77,9 +78,6 @@ async def _collect(system: System, folder: Path, children: int, blocks: int, see
       with open(matrix, "a", encoding="utf-8") as out:
         out.writelines(json.dumps({**row, "block": block}) + "\n" for row in made)
       print(f"block {block}: {start + len(batch)} of {len(left)} programs", flush=True)
-
-
-FULL = {"smoke_problems": 0, "full_top": 0}  # every proposal on all problems at once
 
 
 def live(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
 from awf.sampler.pages import Prompt, PromptKey
@@ -30,7 +30,7 @@ class Job:
   started: int = 0  # completions that have, or had, a row
   running: int = 0  # rows
   number: int = 0  # in order of arrival
-  overtaken: int = 0  # completions of later jobs that got a row while this one had no place
+  overtaken: int = 0  # completions of later jobs that got a row while this one was passed over
   placed: Future[None] = dataclasses.field(default_factory=Future)  # the queue has room for it
   is_ended: bool = False  # answered, failed or called off
 
@@ -138,9 +138,11 @@ class Sequence:
 class Waiting:
   """Jobs with completions that have no row yet, and whose turn it is.
 
-  The oldest goes first. Two things keep one job from standing in the way of all: who has a quarter
-  of the rows waits for those that have less, and who finds no place (no page for its prompt, rows
-  with other adapters still at work) lets others pass, but only so many, then its turn is kept.
+  The oldest goes first, until the rest is what all rows take in two turns: then the longest do, so
+  that no long one begins when the others end and keeps the rows empty. Two things keep one job from
+  standing in the way of all: who has a quarter of the rows waits for those that have less, and who
+  finds no place (no page for its prompt, rows with other adapters still at work) lets others pass.
+  Whoever was passed over by so many that all rows could have had it twice goes first.
   """
 
   def __init__(self, rows: int) -> None:
@@ -170,7 +172,8 @@ class Waiting:
     Returns:
       Its sample.
     """
-    for other in stuck:
+    passed = self._jobs if self._is_ending else stuck
+    for other in passed:
       other.overtaken += other.number < job.number
     sample = job.started
     job.started += 1
@@ -180,13 +183,22 @@ class Waiting:
       del self._jobs[job]
     return sample
 
+  @property
+  def _is_ending(self) -> bool:
+    return self.count <= self._patience
+
   def turns(self, stuck: dict[Job, None]) -> Iterator[Job]:
     """Jobs in the order in which they may have the next row.
 
     Those in `stuck` are passed over; the caller adds a job that turns out to have no place.
     """
+    jobs: Iterable[Job] = self._jobs
+    if self._is_ending:  # a stable sort: the oldest first among equals
+      jobs = sorted(
+        jobs, key=lambda job: (job.overtaken < self._patience, -job.request.max_new_tokens)
+      )
     heavy = []
-    for job in self._jobs:
+    for job in jobs:
       if job not in stuck:
         if job.running < self._heavy:
           yield job

@@ -79,11 +79,10 @@ def sampler_trips(setup: Setup, op_name: str, load: Load) -> float | None:
   """Trips of the dispatch's loops that depend on data."""
   s = setup.shapes
   if op_name.endswith("/share_groups/while"):
-    whole, rest = divmod(load.group, s.share)
-    is_lone = rest == 1 and s.lone_at_once
-    return -(-load.prompts * (whole + (rest > 0 and not is_lone)) // s.at_once)
+    is_lone = load.group == 1 and s.lone_at_once
+    return 0.0 if is_lone else -(-load.prompts * -(-load.group // s.share) // s.at_once)
   if op_name.endswith("/lone_rows/while"):
-    return -(-load.prompts * (load.group % s.share == 1) // s.lone_at_once)
+    return -(-load.prompts * (load.group == 1) // s.lone_at_once)
   if op_name.endswith("/prompt_chunks/while"):
     return -(-load.prompt // s.page)
   if op_name.endswith("/live_chunks/while"):

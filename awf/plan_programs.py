@@ -155,7 +155,6 @@ def make_setup(config: ConfigDict, target: Target, layers: int = 0) -> Setup:
   shapes = make_shapes(
     whole, sampler.rows, sampler.context, sampler.prefill_rows, sampler.steps_per_dispatch,
     target.platform, longest_completion(config), int(sampler.prompt_cache_gb * 2**30),
-    sampler.strict,
   )  # fmt: skip
   key = jax.random.key(0)
   stacked = jax.eval_shape(lambda: stack_adapters([init_lora(model, lora_config, key)]))

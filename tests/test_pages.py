@@ -169,19 +169,36 @@ def test_a_common_beginning_is_prefilled_once_and_changes_no_bit(engine):
   assert engine.generate(requests[::-1]) == alone[::-1], "from pages that earlier requests left"
 
 
-def test_rows_that_read_their_prompt_alone_have_a_path_of_their_own_in_fast_mode(engine):
-  sizes = (1, 2, 4, 5, 6)  # of groups of 4: lone, shared, whole, and one or two left over
-  requests = [
-    Request(prompt(20 + 40 * i, 30 + i), n=n, seed=i, max_new_tokens=12)
-    for i, n in enumerate(sizes)
-  ]
-  assert not engine.shapes.lone_at_once, "a row's last digits would say who else has its prompt"
-  with make_engine(strict=False) as fast:
-    assert fast.shapes.lone_at_once
-    found = fast.generate(requests)
-  for request, outputs in zip(requests, found, strict=True):
+def test_requests_of_one_completion_read_their_prompt_alone_whoever_else_has_it(engine):
+  """On CPU by a path of their own; which one it is hangs on the request and on nothing else."""
+  assert engine.shapes.lone_at_once
+  ids = prompt(150, 30)
+  single = Request(ids, seed=1, max_new_tokens=12, logprobs="both")
+  several = [Request(ids, n=n, seed=n, max_new_tokens=12) for n in (2, 4, 5)]  # of groups of 4
+  with make_engine() as fresh:
+    alone = fresh.generate([single])
+  calls = watched_counts(engine, lambda: engine.generate([single, *several, single]))
+  assert (3, 2) in calls, "share groups of 4, 4 and 3 rows; two rows that share with nobody"
+  found = engine.generate([single, *several, single])
+  assert found[0] == found[-1] == alone[0]
+  assert found[1:-1] == [engine.generate([request])[0] for request in several]
+  for request, outputs in zip([single, *several], found[:-1], strict=True):
     for output in outputs:
       check_logprobs(engine_params(), request.prompt_ids, output)
+
+
+def watched_counts(engine, call):
+  """(share groups, lone rows) of each dispatch while `call` runs."""
+  seen, run = [], engine.device.run
+
+  def watch(lora, work, *rest):
+    seen.append(tuple(int(x) for x in work.counts_5[1:3]))
+    return run(lora, work, *rest)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(engine.device, "run", watch)
+    call()
+  return seen
 
 
 def test_a_beginning_made_by_another_adapter_is_not_reused(engine):

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import dataclasses
+import heapq
 import random
 import threading
 import time
@@ -294,8 +295,9 @@ def test_one_that_waits_for_the_queue_can_be_called_off(engine, monkeypatch):
 # --- fairness
 
 
-def job(number, n=1, version=None):
-  made = Job(Request((1,), n=n, adapter=int(version is not None)), Future(), version)
+def job(number, n=1, version=None, new=16):
+  request = Request((1,), n=n, adapter=int(version is not None), max_new_tokens=new)
+  made = Job(request, Future(), version)
   made.number = number
   return made
 
@@ -325,6 +327,38 @@ def test_the_oldest_goes_first_and_nobody_takes_all_rows():
   assert take(waiting, 2) == [2, 0]
   waiting.remove(jobs[0])
   assert waiting.count == 1 and list(waiting) == [jobs[2]]
+
+
+def test_the_longest_go_first_when_the_queue_runs_out():
+  waiting = Waiting(2)
+  for i, new in enumerate((5, 9, 7, 9, 30, 9)):
+    waiting.add(job(i, new=new))
+  assert take(waiting, 2) == [0, 1], "six wait, then five: more than all rows take in two turns"
+  assert take(waiting, 4) == [4, 3, 5, 2], "the older of equals first"
+
+
+def test_a_short_one_is_passed_over_for_a_while_and_then_comes_next():
+  waiting, found = Waiting(2), []
+  waiting.add(job(0, new=1))
+  for i in range(1, 9):
+    waiting.add(job(i, new=99))
+    found += take(waiting, 1)
+  assert found == [1, 2, 3, 4, 0, 5, 6, 7], "by as many as two rows take in two turns"
+
+
+def test_mixed_lengths_end_together():
+  """128 requests for 64 rows, by their tokens alone; in order of arrival 453 steps are needed."""
+  draw, waiting, number = random.Random(0), Waiting(64), 0
+  for number in range(128):
+    waiting.add(job(number, new=(draw.randint(32, 256), draw.randint(32, 256))[1]))
+  total = sum(one.request.max_new_tokens for one in waiting)
+  ends, step = [0] * 64, 0  # of the rows
+  while waiting:
+    step = heapq.heappop(ends)
+    one = next(waiting.turns({}))
+    waiting.start(one, {})
+    heapq.heappush(ends, step + one.request.max_new_tokens)
+  assert max(ends) * 64 * 0.95 < total
 
 
 def test_one_without_a_place_is_overtaken_for_a_while_and_then_waited_for():

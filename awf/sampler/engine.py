@@ -46,7 +46,6 @@ def make_shapes(
   platform: str | None = None,
   max_new_tokens: int = 0,
   prompt_bytes: int = 0,
-  strict: bool = True,
 ) -> Shapes:
   """Compiled shapes of an engine.
 
@@ -60,8 +59,6 @@ def make_shapes(
     max_new_tokens: of the longest completion; 0 is the context.
     prompt_bytes: for the pages of prompts; 0 is as much as all rows could need, at most
       PROMPT_BYTES. One prompt of full length always has room.
-    strict: no path of their own for rows that read their prompt alone, whose last digits would
-      then say whether others read it too.
   """
   platform = platform or jax.default_backend()
   on_cpu, on_tpu = platform == "cpu", platform == "tpu"
@@ -87,11 +84,10 @@ def make_shapes(
   if on_cpu:
     block = 64 if context >= 512 else 32
   calls = max(-(-prompt_chunks * page // (prefill_rows * block)), 32)
-  has_lone = on_cpu and not strict
   return Shapes(
     rows=rows, pages=max(pages, prompt_chunks), page=page, prompt_chunks=prompt_chunks,
     chunks=own_chunks, chunk=chunk, group=group, share=share, at_once=at_once,
-    lone_at_once=at_once if has_lone else 0, blocks=prefill_rows, block=block, calls=calls,
+    lone_at_once=at_once if on_cpu else 0, blocks=prefill_rows, block=block, calls=calls,
     steps=steps, is_pinned=on_tpu,
   )  # fmt: skip
 
@@ -153,7 +149,6 @@ class Engine:
       None,
       max_new_tokens,
       prompt_bytes,
-      strict,
     )
     self.device = Device(config, params, self.shapes, strict, mesh)
     self._mesh, self._decode = mesh, decode

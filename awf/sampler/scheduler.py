@@ -270,29 +270,36 @@ class Scheduler:
   def _list_groups(self, work: Work[np.ndarray], slots: dict[Prompt, int]) -> tuple[int, int]:
     """Puts running rows of equal prompts into share groups, long prompts first.
 
+    Where rows can read their prompt alone, requests of one completion do. That is a matter of the
+    request only: the two paths may differ in a row's last digit, which must not say who else has
+    its prompt.
+
     Returns:
       (share groups, rows that are in none).
     """
-    rows: dict[Prompt, list[int]] = {}
+    rows: dict[tuple[Prompt, bool], list[int]] = {}
     for row, sequence in enumerate(self.rows):
       if self.table_BX[row, COLUMN["status"]] == RUNNING and sequence is not None:
-        rows.setdefault(sequence.prompt, []).append(row)
+        is_lone = bool(self.shapes.lone_at_once) and sequence.job.request.n == 1
+        rows.setdefault((sequence.prompt, is_lone), []).append(row)
     group, lone, share = 0, 0, self.shapes.share
-    for prompt in sorted(rows, key=lambda p: -p.known):
+    for prompt, is_lone in sorted(rows, key=lambda key: -key[0].known):
       if not prompt.known:
         continue
       slot = self._slot(work, slots, prompt, self.shapes.rows)
       if slot is None:
         raise RuntimeError("more running prompts than rows")
-      for first in range(0, len(rows[prompt]), share):
-        some = rows[prompt][first : first + share]
-        if len(some) == 1 and self.shapes.lone_at_once:
-          work.row_L[lone], work.prompt_L[lone] = some[0], slot
-          lone += 1
-        else:
-          work.rows_AM[group, : len(some)] = some
-          work.prompt_A[group] = slot
-          group += 1
+      some = rows[prompt, is_lone]
+      if is_lone:
+        work.row_L[lone : lone + len(some)] = some
+        work.prompt_L[lone : lone + len(some)] = slot
+        lone += len(some)
+        continue
+      for first in range(0, len(some), share):
+        members = some[first : first + share]
+        work.rows_AM[group, : len(members)] = members
+        work.prompt_A[group] = slot
+        group += 1
     return group, lone
 
   def harvest(self, packed: np.ndarray) -> tuple[list[tuple[Job, Part]], list[Job]]:

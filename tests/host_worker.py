@@ -201,7 +201,7 @@ def main():
   cluster = membership.join(chosen)
   try:
     result = globals()[part](cluster, folder)
-  except Exception as error:
+  except Exception as error:  # raised again, unless another process was lost
     lost = membership.why_over()
     if not lost:
       raise

@@ -108,7 +108,7 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
       raise
     except Interrupted:
       raise
-    except Exception as e:  # explained in one line where the cause is known, else raised
+    except Exception as e:  # told in one line; run.log keeps the trace of what is not known
       lost = membership.why_over()
       if lost:  # the error is what the loss of another process looks like from here
         raise UserError(lost) from e

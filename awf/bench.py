@@ -328,19 +328,28 @@ def _load(config: ConfigDict) -> tuple[QwenConfig, Any, Mesh]:
   """Architecture, parameters and mesh; no tokenizer is needed."""
   import jax
 
-  from awf.policy import dtype_name, load_base
+  from awf.config_io import find_path
+  from awf.policy import base_is_turned, dtype_name, load_base
   from awf.qwen import hf
+  from awf.qwen.known import find_architecture
   from awf.qwen.quant import QuantConfig
+  from awf.qwen.random_base import random_base
   from awf.runtime_setup import setup_jax
   from awf.sharding import make_mesh
 
   setup_jax()
   mesh = make_mesh(**config.mesh)
-  path = hf.resolve_path(config.model.path)
-  model_config = hf.load_config(path, dtype_name(config.model.compute_dtype, "compute_dtype"))
-  dtype = dtype_name(config.model.dtype, "dtype")
-  quant = QuantConfig.from_config(config.model)
-  params = load_base(path, model_config, dtype, _placement(mesh), quant)
+  computed = dtype_name(config.model.compute_dtype, "compute_dtype")
+  dtype, quant = dtype_name(config.model.dtype, "dtype"), QuantConfig.from_config(config.model)
+  where = _placement(mesh)
+  if config.bench.weights == "random":
+    model_config = find_architecture(config.model.path, find_path(config.model.path), computed)
+    is_turned = base_is_turned(where, quant)
+    params = random_base(model_config, dtype, where, quant, is_turned, config.seed)
+  else:
+    path = hf.resolve_path(config.model.path)
+    model_config = hf.load_config(path, computed)
+    params = load_base(path, model_config, dtype, where, quant)
   return model_config, jax.block_until_ready(params), mesh
 
 

@@ -272,6 +272,7 @@ RULES: dict[str, Rule] = {
   "bench.group": at_least(1),
   "bench.lengths": Rule(_is_lengths, "fixed, mixed, or LOW-HIGH such as 32-256"),
   "bench.repeats": at_least(1),
+  "bench.weights": one_of("checkpoint", "random"),
   "plan.target": one_of(*TARGETS),
   "plan.programs": some_of("sampler", "update", "logprobs"),
   "plan.prompt": at_least(0),

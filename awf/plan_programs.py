@@ -14,7 +14,6 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,9 +27,8 @@ from awf.grpo.config import GRPOConfig, OptimConfig
 from awf.grpo.trainer import GRPOTrainer
 from awf.plan_ideal import bytes_of
 from awf.plan_target import Target
-from awf.qwen import hf
 from awf.qwen.config import QwenConfig
-from awf.qwen.known import ARCHITECTURES
+from awf.qwen.known import find_architecture
 from awf.qwen.layout import abstract_params
 from awf.qwen.lora import LoRAConfig, init_lora, stack_adapters
 from awf.qwen.quant import QuantConfig
@@ -106,33 +104,9 @@ class Setup:
 
 
 def model_config(config: ConfigDict, dtype: str, layers: int = 0) -> QwenConfig:
-  """The architecture of `config.model.path`: a directory, a known model, or the hub's config.json.
-
-  Raises:
-    UserError: none of these.
-  """
-  path = config.model.path
-  if find_path(path).is_dir():
-    found = hf.load_config(find_path(path), dtype)
-  elif path in ARCHITECTURES:
-    found = ARCHITECTURES[path]
-  else:
-    found = hf.load_config(_download_config(path), dtype)
-  found = dataclasses.replace(found, dtype=dtype)
+  """The architecture of `config.model.path`, in `layers` layers if that is not 0."""
+  found = find_architecture(config.model.path, find_path(config.model.path), dtype)
   return dataclasses.replace(found, num_hidden_layers=layers) if layers else found
-
-
-def _download_config(path: str) -> Path:
-  import httpx
-  import huggingface_hub
-
-  try:
-    return Path(huggingface_hub.hf_hub_download(path, "config.json")).parent
-  except (OSError, ValueError, httpx.HTTPError, huggingface_hub.errors.HfHubHTTPError) as error:
-    raise UserError(
-      f"config.model.path = {path!r}: its config.json could not be had from the hub; give a "
-      f"directory, or one of {', '.join(ARCHITECTURES)}"
-    ) from error
 
 
 def make_setup(config: ConfigDict, target: Target, layers: int = 0) -> Setup:

@@ -46,8 +46,12 @@ def load_base(
   path: Path, config: QwenConfig, dtype: str, mesh: Mesh | None, quant: QuantConfig
 ) -> dict[str, Any]:
   """Base weights in the layout that multiplies fastest where they go; else as `hf.load_params`."""
-  is_turned = mesh is None and quant.method == "none" and jax.default_backend() == "cpu"
-  return hf.load_params(path, config, dtype, mesh, quant, is_turned)
+  return hf.load_params(path, config, dtype, mesh, quant, base_is_turned(mesh, quant))
+
+
+def base_is_turned(mesh: Mesh | None, quant: QuantConfig) -> bool:
+  """Whether float matrices lie as [out, in], which multiplies faster on one CPU device."""
+  return mesh is None and quant.method == "none" and jax.default_backend() == "cpu"
 
 
 class QwenPolicy:

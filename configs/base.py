@@ -352,6 +352,7 @@ def base_config() -> ConfigDict:
       group=1,  # completions of one prompt
       lengths="fixed",  # fixed, mixed (1/8 to all of prompt and new), or A-B: tokens, as 32-256
       repeats=5,  # measurements, after a first one that compiles
+      weights="checkpoint",  # random: of model.path's shapes, so that nothing is downloaded
     )
   )
   c.plan = ConfigDict(

@@ -10,7 +10,6 @@ from test_sampler import CONTEXT, ROWS, TINY, V, check_logprobs, prompt
 from tiny_checkpoint import random_params
 
 from awf.qwen.lora import LoRAConfig, init_lora, scaled, stack_adapters
-from awf.sampler import scheduler
 from awf.sampler.engine import Engine, Request, make_shapes
 from awf.sampler.pages import PageTable
 
@@ -225,13 +224,13 @@ def _moved(tree, seed):
   return jax.tree.map(move, tree)
 
 
-def test_long_prompts_are_prefilled_in_turns_with_decoding_rows(engine, monkeypatch):
+def test_long_prompts_are_prefilled_in_turns_with_decoding_rows(engine):
   """64 prompt tokens a dispatch: prompts of 200 tokens arrive while others decode."""
   early = [Request(prompt(10, i), seed=i, max_new_tokens=120) for i in range(4)]
   late = [Request(prompt(200, 30 + i), n=2, seed=i, max_new_tokens=15) for i in range(3)]
   want = engine.generate([*early, *late])
-  monkeypatch.setattr(scheduler, "STALL_TOKENS", 64)
   with make_engine() as slow:
+    slow._scheduler.stall_tokens = 64
     first = [slow.submit(request) for request in early]
     while not slow.stats()["steps"]:
       pass

@@ -16,7 +16,6 @@ from test_sampler import CONTEXT, TINY, check_logprobs, crowd, prompt, random_lo
 from tiny_checkpoint import random_params
 
 from awf.qwen.lora import stack_adapters
-from awf.sampler import scheduler
 from awf.sampler.engine import Engine, QueueFull, Request
 from awf.sampler.job import Job, Waiting
 from awf.sampler.pages import PageTable
@@ -153,7 +152,7 @@ def test_a_cancelled_asyncio_caller_cancels_its_request(engine, alone):
 
 def test_a_prompt_in_prefill_is_given_up_unless_another_counts_on_it(engine, monkeypatch):
   """64 prompt tokens a dispatch beside a decoding row: the prompts below take several."""
-  monkeypatch.setattr(scheduler, "STALL_TOKENS", 64)
+  monkeypatch.setattr(engine._scheduler, "stall_tokens", 64)
   for count in (1, 2):  # alone, and with another that begins alike
     start = prompt(140, 100 + count)
     first, second = (
@@ -433,7 +432,7 @@ def test_new_adapters_wait_for_the_old_ones_while_the_base_goes_on(engine, alone
 
 
 def test_a_long_prompt_does_not_hold_up_short_ones(engine, monkeypatch):
-  monkeypatch.setattr(scheduler, "STALL_TOKENS", 64)
+  monkeypatch.setattr(engine._scheduler, "stall_tokens", 64)
   gate, order = Gate(), []
   running = engine.submit(LONG, gate)
   gate.wait()

@@ -8,16 +8,20 @@ outputs are finite and meaningless.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from awf.grpo import attention_kernels
+from awf.qwen.kernel import serves
 from awf.qwen.model import NEG_INF, Attend
 
 BLOCK = 64  # tokens per block of queries and keys in block_attend; measured best on a CPU
 TPU_BLOCK = 256  # likewise; large enough for the matrix units
+GPU_BLOCK = 64  # of the kernels
 
 
 def prefers_blocks(mesh: Mesh | None) -> bool:
@@ -27,7 +31,12 @@ def prefers_blocks(mesh: Mesh | None) -> bool:
   return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
-def packed_block(mesh: Mesh) -> int:
+def has_kernels(mesh: Mesh, head_dim: int) -> bool:
+  """Whether `block_attend` on this mesh has kernels of its own."""
+  return mesh.size == 1 and serves(mesh.devices.flat[0], head_dim)
+
+
+def packed_block(mesh: Mesh, head_dim: int) -> int:
   """Tokens per block with which `block_attend` serves one packed row on this mesh; 0: it does not.
 
   On a TPU the unrolled query blocks of `dense_attend` cost code and minutes of compilation: 50 MB
@@ -35,6 +44,8 @@ def packed_block(mesh: Mesh) -> int:
   """
   if mesh.size > 1:
     return 0
+  if has_kernels(mesh, head_dim):
+    return GPU_BLOCK
   return {"cpu": BLOCK, "tpu": TPU_BLOCK}.get(mesh.devices.flat[0].platform, 0)
 
 
@@ -64,20 +75,25 @@ def dense_attend(segments_BT: jax.Array, parents_BT: jax.Array, block: int = 128
   return attend
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
   """Key blocks that each of I query blocks looks at, and the ids of the masks; X tokens a block."""
 
   keys_IJ: jax.Array  # int32, visible key blocks first, ascending
   count_I: jax.Array  # int32, how many of them are visible
+  queries_JI: jax.Array  # int32, query blocks that see key block j first, ascending
+  count_J: jax.Array  # int32, how many of them do
   segments_IX: jax.Array
   parents_IX: jax.Array
 
 
-def block_attend(segments_T: jax.Array, parents_T: jax.Array, block: int = BLOCK) -> Attend:
+def block_attend(
+  segments_T: jax.Array, parents_T: jax.Array, block: int = BLOCK, has_kernels: bool = False
+) -> Attend:
   """Attention of one row (B = 1) that visits visible blocks only; how many is no part of the shape.
 
-  For CPUs: its work follows the lengths of the sequences, whatever their arrangement, and one
+  Its work follows the lengths of the sequences, whatever their arrangement, and one
   program serves all. The softmax is accumulated block by block and recomputed in the backward pass.
+  `has_kernels`: by `awf.grpo.attention_kernels`, on a GPU.
 
   Source: FlashAttention, arXiv:2205.14135, algorithms 1 and 4.
   """
@@ -87,12 +103,7 @@ def block_attend(segments_T: jax.Array, parents_T: jax.Array, block: int = BLOCK
   parents_IX = jnp.pad(parents_T, (0, pad)).reshape(-1, block)
   num_i = segments_IX.shape[0]
   is_seen_IJ = _related_blocks(segments_IX, parents_IX) & jnp.tri(num_i, dtype=bool)
-  blocks = _Blocks(
-    jnp.argsort(~is_seen_IJ, axis=1, stable=True).astype(jnp.int32),
-    jnp.sum(is_seen_IJ, axis=1, dtype=jnp.int32),
-    segments_IX,
-    parents_IX,
-  )
+  blocks = Blocks(*_listed(is_seen_IJ), *_listed(is_seen_IJ.T), segments_IX, parents_IX)
 
   def attend(q_BTNH, k_BTKH, v_BTKH, cache):
     n, h = q_BTNH.shape[2:]
@@ -103,11 +114,18 @@ def block_attend(segments_T: jax.Array, parents_T: jax.Array, block: int = BLOCK
       x = x.reshape(num_i, block, k, -1, h).transpose(0, 2, 3, 1, 4)
       return x.reshape(num_i, k, -1, h)
 
-    out = _attend_blocks(split(q_BTNH, h**-0.5), split(k_BTKH), split(v_BTKH), blocks)
+    parts = split(q_BTNH, h**-0.5), split(k_BTKH), split(v_BTKH)
+    out = _attend_blocks(*parts, blocks, has_kernels)
     out = out.reshape(num_i, k, n // k, block, h).transpose(0, 3, 1, 2, 4)
     return out.reshape(1, num_i * block, n, h)[:, :t], cache
 
   return attend
+
+
+def _listed(is_seen_IJ: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(int32 [I, J], those that are seen first; int32 [I], how many are) of a bool [I, J]."""
+  order = jnp.argsort(~is_seen_IJ, axis=1, stable=True).astype(jnp.int32)
+  return order, jnp.sum(is_seen_IJ, axis=1, dtype=jnp.int32)
 
 
 def _related_blocks(segments_IX: jax.Array, parents_IX: jax.Array) -> jax.Array:
@@ -140,10 +158,10 @@ def _scores(q, k, i, j, segments_X, parents_X, blocks):
   return (scores.reshape(shape[0], -1, x, x) + bias[None, None]).reshape(shape)
 
 
-@jax.custom_vjp
-def _attend_blocks(q, k, v, blocks):
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_blocks(q, k, v, blocks, has_kernels):
   """q [I, K, heads / K * X, H] (scaled), k and v [I, K, X, H] -> like q."""
-  return _forward(q, k, v, blocks)[0]
+  return _attend_fwd(q, k, v, blocks, has_kernels)[0]
 
 
 def _forward(q, k, v, blocks):
@@ -173,12 +191,20 @@ def _forward(q, k, v, blocks):
   return out, log_norm
 
 
-def _attend_fwd(q, k, v, blocks):
-  out, log_norm = _forward(q, k, v, blocks)
+def _attend_fwd(q, k, v, blocks, has_kernels):
+  forward = attention_kernels.forward if has_kernels else _forward
+  out, log_norm = forward(q, k, v, blocks)
   return out, (q, k, v, blocks, out, log_norm)
 
 
-def _attend_bwd(saved, d_out):
+def _attend_bwd(has_kernels, saved, d_out):
+  backward = attention_kernels.backward if has_kernels else _backward
+  blocks = saved[3]
+  none = jax.tree.map(lambda x: jnp.zeros(x.shape, jax.dtypes.float0), blocks)
+  return *backward(saved, d_out), none
+
+
+def _backward(saved, d_out):
   q, k, v, blocks, out, log_norm = saved
   delta = jnp.sum((d_out * out).astype(jnp.float32), axis=-1)
 
@@ -205,8 +231,7 @@ def _attend_bwd(saved, d_out):
   xs = (jnp.arange(q.shape[0]), q, d_out, log_norm, delta, blocks.count_I, blocks.keys_IJ)
   zero = (jnp.zeros(k.shape), jnp.zeros(v.shape))
   (d_k, d_v), d_q = jax.lax.scan(query_block, zero, (*xs, blocks.segments_IX, blocks.parents_IX))
-  none = jax.tree.map(lambda x: jnp.zeros(x.shape, jax.dtypes.float0), blocks)
-  return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), none
+  return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
 _attend_blocks.defvjp(_attend_fwd, _attend_bwd)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from awf.grpo.attention import block_attend, dense_attend, packed_block
+from awf.grpo.attention import block_attend, dense_attend, has_kernels, packed_block
 from awf.grpo.batch import Batch, bin_size, fitted_size, make_batch
 from awf.grpo.config import (
   GRPOConfig,
@@ -100,7 +100,7 @@ class GRPOTrainer:
     temperature, top_p, top_k, min_p: the sampler's. The policy that is trained is the distribution
       that tokens were drawn from: tempered, cut and renormalised.
     is_looped: one loop over the layers (awf.qwen.looped) instead of a program with all of them;
-      None: on a TPU.
+      None: on an accelerator.
 
   Source: GRPO, arXiv:2402.03300; token-level loss and clip range of DAPO, arXiv:2503.14476.
   """
@@ -126,10 +126,11 @@ class GRPOTrainer:
     self.mesh = make_mesh(1, devices=jax.local_devices()[:1]) if mesh is None else mesh
     self._config, self.num_parameters = model_config, model_config.num_parameters
     platform = self.mesh.devices.flat[0].platform
-    self.is_looped = platform == "tpu" if is_looped is None else is_looped
+    self.is_looped = platform != "cpu" if is_looped is None else is_looped
     self._params = params
     self._bins = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    self.block = packed_block(self.mesh)  # 0: attention over all keys at once
+    self.block = packed_block(self.mesh, model_config.head_dim)  # 0: over all keys at once
+    self._has_kernels = has_kernels(self.mesh, model_config.head_dim)
     self._size = grpo.micro_batch * _ROW_TOKENS  # tokens per bin; grows, never shrinks; on a CPU
     # the most that `fitted_size` may choose
     self._num_steps = _MIN_STEPS  # likewise; padded steps cost a few integers
@@ -266,7 +267,9 @@ class GRPOTrainer:
   def _hidden(self, lora: Any, base: Any, bins: Batch[jax.Array]) -> jax.Array:
     """Final hidden states [B, U, D] that the targets of one step's bins are predicted from."""
     if self.block:
-      attend = block_attend(bins.segments_ZBT[0], bins.parents_ZBT[0], self.block)
+      attend = block_attend(
+        bins.segments_ZBT[0], bins.parents_ZBT[0], self.block, self._has_kernels
+      )
     else:
       attend = dense_attend(bins.segments_ZBT, bins.parents_ZBT)
     lora = scaled(lora, self.lora_config) if lora else {}

@@ -5,7 +5,12 @@ Figures are those of each model's public config.json on the Hugging Face hub.
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 from awf.qwen.config import QwenConfig
+from awf.qwen.hf_config import load_config
+from awf.types import UserError
 
 
 def _qwen2(vocab, width, feed_forward, layers, heads, kv_heads, is_tied) -> QwenConfig:
@@ -39,3 +44,34 @@ ARCHITECTURES: dict[str, QwenConfig] = {
   "Qwen/Qwen3-4B": _qwen3(2560, 9728, 36, 32, True),
   "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32, False),
 }
+
+
+def find_architecture(name: str, folder: Path, dtype: str) -> QwenConfig:
+  """The architecture of a model whose weights are not needed.
+
+  Args:
+    name: `config.model.path`: a known model, or a hub id whose config.json is fetched.
+    folder: the same as a directory; its config.json comes first if it is there.
+    dtype: compute dtype of the returned config.
+
+  Raises:
+    UserError: none of these.
+  """
+  if folder.is_dir():
+    return load_config(folder, dtype)
+  if name in ARCHITECTURES:
+    return dataclasses.replace(ARCHITECTURES[name], dtype=dtype)
+  return load_config(_download_config(name), dtype)
+
+
+def _download_config(name: str) -> Path:
+  import httpx
+  import huggingface_hub
+
+  try:
+    return Path(huggingface_hub.hf_hub_download(name, "config.json")).parent
+  except (OSError, ValueError, httpx.HTTPError, huggingface_hub.errors.HfHubHTTPError) as error:
+    raise UserError(
+      f"config.model.path = {name!r}: its config.json could not be had from the hub; give a "
+      f"directory, or one of {', '.join(ARCHITECTURES)}"
+    ) from error

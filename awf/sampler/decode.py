@@ -15,6 +15,7 @@ import numpy as np
 
 from awf.qwen.config import QwenConfig
 from awf.qwen.model import Attend, Qwen, head
+from awf.sampler import kernels
 from awf.sampler.cache import Cache, CacheSizes, Sharing, decode_attend, prefill_attend
 from awf.sampler.draw import draw, likeliest, uniforms
 from awf.sampler.request import MAX_STOP_IDS, Top
@@ -49,7 +50,9 @@ class Shapes:
   block: int  # tokens of one prompt block; divides page
   calls: int  # most prefill calls of one dispatch
   steps: int  # most decode steps of one dispatch
+  stall: int = 2048  # most prompt tokens of a dispatch in which rows decode
   is_pinned: bool = False  # one memory layout of the cache in all parts, for TPUs
+  has_kernels: bool = False  # attention by awf.sampler.kernels, for GPUs
   top: int = 0  # K, likeliest tokens of each step that come back too
 
   def __post_init__(self) -> None:
@@ -149,6 +152,16 @@ def _forward(
   return cast(tuple[jax.Array, Cache], out)
 
 
+def prompts_of_rows(work: Work[jax.Array]) -> tuple[jax.Array, jax.Array]:
+  """(pages [B, C], known tokens [B]) of each row's prompt, from the lists of groups."""
+  rows_AM, prompt_A = work.rows_AM, work.prompt_A
+  prompt_AM = jnp.broadcast_to(prompt_A[:, None], rows_AM.shape)
+  nothing_B = jnp.zeros_like(work.known_S)
+  prompt_B = nothing_B.at[rows_AM].set(prompt_AM, mode="drop")
+  known_B = nothing_B.at[rows_AM].set(work.known_S[prompt_AM], mode="drop")
+  return work.pages_SC[prompt_B], known_B
+
+
 def _prefill(
   config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work: Work[jax.Array]
 ) -> Cache:
@@ -158,7 +171,10 @@ def _prefill(
     prompt_P, start_P, adapter_P = (work.place_CP3[i, :, j] for j in range(3))
     tokens_PT = work.tokens_CPT[i]
     position_PT = start_P[:, None] + jnp.arange(tokens_PT.shape[1], dtype=jnp.int32)[None]
-    attend = prefill_attend(prompt_P, start_P, work.pages_SC, shapes.is_pinned)
+    if shapes.has_kernels:
+      attend = kernels.prefill_attend(prompt_P, start_P, work.pages_SC)
+    else:
+      attend = prefill_attend(prompt_P, start_P, work.pages_SC, shapes.is_pinned)
     return _forward(model, (params, lora), tokens_PT, position_PT, attend, cache, adapter_P)[1]
 
   return jax.lax.fori_loop(0, work.counts_5[0], call, cache)
@@ -187,6 +203,7 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
     work.pages_SC, work.known_S, work.rows_AM, work.prompt_A, work.counts_5[1], work.row_L,
     work.prompt_L, work.counts_5[2],
   )  # fmt: skip
+  pages_BC, known_B = prompts_of_rows(work)
 
   def is_going(carry):
     i, _, rows, _ = carry
@@ -197,14 +214,17 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
   def step(carry):
     i, cache, rows, out_SXB = carry
     is_running_B = rows.status_B == RUNNING
-    attend = decode_attend(
-      rows.made_B,
-      is_running_B,
-      sharing,
-      shapes.group,
-      (shapes.at_once, shapes.lone_at_once),
-      shapes.is_pinned,
-    )
+    if shapes.has_kernels:
+      attend = kernels.decode_attend(rows.made_B, is_running_B, pages_BC, known_B)
+    else:
+      attend = decode_attend(
+        rows.made_B,
+        is_running_B,
+        sharing,
+        shapes.group,
+        (shapes.at_once, shapes.lone_at_once),
+        shapes.is_pinned,
+      )
     hidden_B1D, cache = _forward(
       model, (params, lora),
       rows.token_B[:, None], rows.position_B[:, None], attend, cache, column("adapter"),

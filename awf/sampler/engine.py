@@ -17,6 +17,7 @@ from concurrent.futures import Future
 import jax
 
 from awf.qwen.config import QwenConfig
+from awf.sampler import kernels
 from awf.sampler.cache import token_bytes
 from awf.sampler.decode import Shapes
 from awf.sampler.device import Device
@@ -33,6 +34,7 @@ PAGE, CHUNK = 128, 64  # tokens of a prompt's page and of a completion's chunk
 IN_PLACE = 1 << 20  # most bytes of a layer's keys, of all rows, in the one chunk that has them all
 TPU_WIDTH = 256  # of both: fewer and larger pieces of a decode step
 PROMPT_BYTES = 3 << 29  # pages for prompts: what all rows could need unless that is more
+STALL_TOKENS = {"gpu": 8192}  # prompt tokens of a dispatch in which rows decode; else 2048
 QUEUE = 8192  # completions that may wait for a row unless told otherwise
 COUNTS = ("requests", "completions", "refused", "cancelled", "prompt_tokens", "tokens")
 
@@ -46,6 +48,7 @@ def make_shapes(
   platform: str | None = None,
   max_new_tokens: int = 0,
   prompt_bytes: int = 0,
+  has_kernels: bool = False,
 ) -> Shapes:
   """Compiled shapes of an engine.
 
@@ -59,6 +62,7 @@ def make_shapes(
     max_new_tokens: of the longest completion; 0 is the context.
     prompt_bytes: for the pages of prompts; 0 is as much as all rows could need, at most
       PROMPT_BYTES. One prompt of full length always has room.
+    has_kernels: attention by awf.sampler.kernels.
   """
   platform = platform or jax.default_backend()
   on_cpu, on_tpu = platform == "cpu", platform == "tpu"
@@ -88,7 +92,8 @@ def make_shapes(
     rows=rows, pages=max(pages, prompt_chunks), page=page, prompt_chunks=prompt_chunks,
     chunks=own_chunks, chunk=chunk, group=group, share=share, at_once=at_once,
     lone_at_once=at_once if on_cpu else 0, blocks=prefill_rows, block=block, calls=calls,
-    steps=steps, is_pinned=on_tpu,
+    steps=steps, stall=STALL_TOKENS.get(platform, 2048), is_pinned=on_tpu,
+    has_kernels=has_kernels,
   )  # fmt: skip
 
 
@@ -149,6 +154,7 @@ class Engine:
       None,
       max_new_tokens,
       prompt_bytes,
+      kernels.can_attend(config, mesh),
     )
     self.device = Device(config, params, self.shapes, strict, mesh)
     self._mesh, self._decode = mesh, decode

@@ -27,7 +27,6 @@ from awf.sampler.pages import PageTable, Prompt
 from awf.sampler.request import MAX_STOP_IDS, FinishReason, Part
 from awf.sampler.text import Decode
 
-STALL_TOKENS = 2048  # most prompt tokens of a dispatch in which rows decode
 MOST_STUCK = 16  # jobs without a place that a plan looks past
 
 
@@ -52,6 +51,7 @@ class Scheduler:
     self.pages = PageTable(shapes.pages, shapes.page)
     self.unready: collections.deque[Prompt] = collections.deque()  # in order of admission
     self.version = 0  # of the adapters that running rows use
+    self.stall_tokens = shapes.stall  # most prompt tokens of a dispatch in which rows decode
     self.prompt_hits = self.prompt_misses = self.prefill_tokens = self.reused_tokens = 0
     self.row_steps = 0  # tokens drawn, those behind a stop string too
     self.table_BX = empty_work(shapes).table_BX
@@ -217,7 +217,7 @@ class Scheduler:
     shapes = self.shapes
     calls = shapes.calls
     if slow:
-      calls = min(calls, max(1, STALL_TOKENS // (shapes.blocks * shapes.block)))
+      calls = min(calls, max(1, self.stall_tokens // (shapes.blocks * shapes.block)))
     room = calls * shapes.blocks
     running = {s.prompt for s in self.rows if s is not None and s.prompt.is_ready}
     free = shapes.rows - len(running)  # lines of the tables that running rows leave

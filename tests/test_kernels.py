@@ -15,13 +15,14 @@ from awf.sampler.engine import Engine, Request, make_shapes
 ROWS = 8
 
 
-@pytest.fixture
-def with_kernels(monkeypatch):
+@pytest.fixture(params=[1, 4], ids=["whole", "in-parts"])
+def with_kernels(request, monkeypatch):
   """Engines that are made meanwhile have the shapes of a GPU."""
+  splits = request.param
 
   def shapes(config, rows, context, prefill_rows, steps, *_):
     found = make_shapes(config, rows, context, prefill_rows, steps, "gpu")
-    return dataclasses.replace(found, has_kernels=True, block=64)
+    return dataclasses.replace(found, splits=splits, block=64)
 
   monkeypatch.setattr("awf.sampler.engine.make_shapes", shapes)
 
@@ -43,11 +44,11 @@ def requests():
 def test_an_engine_with_kernels_draws_the_same_tokens(config, with_kernels, monkeypatch):
   params = random_params(config, size=0.3)
   with make_engine(config, params) as engine:
-    assert engine.shapes.has_kernels
+    assert engine.shapes.splits
     found = engine.generate(requests())
   monkeypatch.undo()
   with make_engine(config, params) as engine:
-    assert not engine.shapes.has_kernels
+    assert not engine.shapes.splits
     wanted = engine.generate(requests())
   for request, ours, plain in zip(requests(), found, wanted, strict=True):
     assert [x.token_ids for x in ours] == [x.token_ids for x in plain]

@@ -13,7 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from awf.qwen.quant import Kernel, Transposed, at_compute_dtype, matmul, matmul_transposed
+from awf.qwen import quant
+from awf.qwen.quant import (
+  Kernel,
+  Transposed,
+  at_compute_dtype,
+  frozen_logits,
+  matmul_transposed,
+  no_gradient,
+)
 
 HEAD_CHUNK = 512  # tokens; at a vocabulary of about 1,000 a chunk's logits stay in a CPU's cache
 _CHUNK_VALUES = 24_000_000  # logits of a chunk at most: 96 MB, of which three exist at a time
@@ -64,7 +72,7 @@ def _nll(kernel, hidden, target, weight, with_grad, with_kernel_grad, chunk):
   def one(carry, x):
     total, d_kernel = carry
     h, t, w = x
-    logits = matmul(h, cast).astype(jnp.float32)
+    logits = quant.logits(h, cast)
     top = jnp.max(logits, axis=-1, keepdims=True)
     exp = jnp.exp(logits - top)
     norm = jnp.sum(exp, axis=-1, keepdims=True)
@@ -99,7 +107,7 @@ def _nll_bwd(is_head_trained, chunk, saved, g):
     d_kernel = (d_kernel * g).astype(kernel.dtype)
     d_kernel = Transposed(d_kernel.T) if isinstance(kernel, Transposed) else d_kernel
   else:
-    d_kernel = jax.tree.map(_no_grad, kernel)
+    d_kernel = jax.tree.map(no_gradient, kernel)
   no_grad = jnp.zeros(target.shape, jax.dtypes.float0)
   return d_kernel, d_hidden * g.astype(d_hidden.dtype), no_grad, jnp.zeros(target.shape)
 
@@ -150,7 +158,7 @@ def _head_loss(kernel, hidden, data, scalars, num_targets, fn, chunk, with_grad)
   cast = at_compute_dtype(kernel, hidden.dtype)
 
   def of_chunk(h, d):
-    return fn(matmul(h, cast).astype(jnp.float32), d, scalars)
+    return fn(frozen_logits(h, cast), d, scalars)
 
   def one(i, carry):
     total, aux, d_hidden = carry
@@ -185,14 +193,8 @@ def _head_loss_fwd(kernel, hidden, data, scalars, num_targets, fn, chunk):
 def _head_loss_bwd(fn, chunk, saved, g):
   del fn, chunk
   d_hidden, kernel, data, scalars, num_targets = saved
-  none = jax.tree.map(_no_grad, (data, scalars, num_targets))
-  return (jax.tree.map(_no_grad, kernel), d_hidden * g[0].astype(d_hidden.dtype), *none)
-
-
-def _no_grad(x):
-  if jnp.issubdtype(x.dtype, jnp.floating):
-    return jnp.zeros_like(x)
-  return jnp.zeros(x.shape, jax.dtypes.float0)
+  none = jax.tree.map(no_gradient, (data, scalars, num_targets))
+  return (jax.tree.map(no_gradient, kernel), d_hidden * g[0].astype(d_hidden.dtype), *none)
 
 
 head_loss.defvjp(_head_loss_fwd, _head_loss_bwd)
@@ -231,7 +233,7 @@ def _logp_and_entropy_bwd(saved, d_out):
   is_target = target_x[..., None] == jax.lax.broadcasted_iota(
     target_x.dtype, logits_xV.shape, logits_xV.ndim - 1
   )
-  return d_logits + jnp.where(is_target, d_logp_x1, 0.0), _no_grad(target_x)
+  return d_logits + jnp.where(is_target, d_logp_x1, 0.0), no_gradient(target_x)
 
 
 logp_and_entropy.defvjp(_logp_and_entropy_fwd, _logp_and_entropy_bwd)

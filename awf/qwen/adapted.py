@@ -15,7 +15,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from awf.qwen.quant import (
   Kernel,
@@ -24,6 +23,7 @@ from awf.qwen.quant import (
   at_compute_dtype,
   matmul,
   matmul_transposed,
+  no_gradient,
 )
 
 MERGE_ROWS = 256  # fewer do not pay for the sum of the matrices
@@ -102,13 +102,7 @@ def _bwd(saved, d_y):
   # Behind a barrier the transpose stays one of a small matrix.
   d_a = jax.lax.optimization_barrier(jnp.einsum("xr,xi->ri", d_low_xR, x_xi)).T
   d_b = jnp.einsum("xr,xo->ro", x_xi @ a, d_xo)
-  return _d_input(d_y, d_low, kernel, a, b), jax.tree.map(_no_gradient, kernel), d_a, d_b
-
-
-def _no_gradient(x):
-  if jnp.issubdtype(x.dtype, jnp.floating):
-    return jnp.zeros_like(x)
-  return np.zeros(x.shape, jax.dtypes.float0)
+  return _d_input(d_y, d_low, kernel, a, b), jax.tree.map(no_gradient, kernel), d_a, d_b
 
 
 adapted_matmul.defvjp(_fwd, _bwd)

@@ -56,8 +56,12 @@ def shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def dot(left: jax.Array, right: jax.Array) -> jax.Array:
-  """Product in float32; that of float32 arrays without the matrix units' shorter mantissa."""
-  exact = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+  """Product in float32; of float32 arrays three that make up for the matrix units' mantissa."""
+  exact: Any = None
+  if left.dtype == jnp.float32:
+    on_gpu = jax.default_backend() == "gpu"
+    three_products = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    exact = three_products if on_gpu else jax.lax.Precision.HIGHEST
   return jnp.dot(left, right, precision=exact, preferred_element_type=jnp.float32)
 
 

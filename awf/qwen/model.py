@@ -33,6 +33,7 @@ from awf.qwen.quant import (
   at_compute_dtype,
   embedding_rows,
   linear_kernel,
+  logits,
   matmul,
 )
 from awf.remat import remat_wrapper
@@ -382,7 +383,7 @@ def head_kernel(params) -> Kernel:
 def head(params, hidden_xD: jax.Array) -> jax.Array:
   """Float32 logits [..., V] of hidden states [..., D]; for few positions, never a whole batch."""
   kernel = at_compute_dtype(head_kernel(params), hidden_xD.dtype)
-  return matmul(hidden_xD, kernel).astype(jnp.float32)
+  return logits(hidden_xD, kernel)
 
 
 def init_params(config: QwenConfig, key: jax.Array):

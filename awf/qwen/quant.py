@@ -133,6 +133,50 @@ def matmul(x: jax.Array, kernel: Kernel) -> jax.Array:
   )
 
 
+def logits(x: jax.Array, kernel: Kernel) -> jax.Array:
+  """Float32 x [..., in] times the head's kernel [in, out]; no gradient.
+
+  On a GPU the product's float32 sums as they are, which a pass over the vocabulary fewer gives.
+  Elsewhere they are rounded to the dtype of `x` first: a TPU's step reads half as many bytes.
+  """
+  if isinstance(kernel, QuantKernel):
+    return matmul(x, kernel).astype(jnp.float32)
+
+  def wide(x, kernel):
+    weight = kernel.table.T if isinstance(kernel, Transposed) else kernel
+    return jnp.matmul(x, weight, preferred_element_type=jnp.float32)
+
+  def rounded(x, kernel):
+    return matmul(x, kernel).astype(jnp.float32)
+
+  return jax.lax.platform_dependent(x, kernel, cuda=wide, default=rounded)
+
+
+@jax.custom_vjp
+def frozen_logits(x: jax.Array, kernel: Kernel) -> jax.Array:
+  """`logits` with a gradient for `x` alone, computed in the dtype of `x`."""
+  return logits(x, kernel)
+
+
+def _logits_fwd(x, kernel):
+  return logits(x, kernel), (kernel, jnp.zeros((), x.dtype))
+
+
+def _logits_bwd(saved, d_y):
+  kernel, zero = saved
+  return matmul_transposed(d_y.astype(zero.dtype), kernel), jax.tree.map(no_gradient, kernel)
+
+
+frozen_logits.defvjp(_logits_fwd, _logits_bwd)
+
+
+def no_gradient(x: jax.Array) -> Any:
+  """What a backward pass gives for a leaf that is not trained."""
+  if jnp.issubdtype(x.dtype, jnp.floating):
+    return jnp.zeros_like(x)
+  return np.zeros(x.shape, jax.dtypes.float0)
+
+
 def _turned_matmul(x: jax.Array, table: jax.Array) -> jax.Array:
   """x [..., in] times table [out, in], as (table x^T)^T.
 

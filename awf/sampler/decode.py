@@ -52,7 +52,7 @@ class Shapes:
   steps: int  # most decode steps of one dispatch
   stall: int = 2048  # most prompt tokens of a dispatch in which rows decode
   is_pinned: bool = False  # one memory layout of the cache in all parts, for TPUs
-  has_kernels: bool = False  # attention by awf.sampler.kernels, for GPUs
+  splits: int = 0  # of a row's keys in awf.sampler.kernels, for GPUs; 0: awf.sampler.cache attends
   top: int = 0  # K, likeliest tokens of each step that come back too
 
   def __post_init__(self) -> None:
@@ -171,7 +171,7 @@ def _prefill(
     prompt_P, start_P, adapter_P = (work.place_CP3[i, :, j] for j in range(3))
     tokens_PT = work.tokens_CPT[i]
     position_PT = start_P[:, None] + jnp.arange(tokens_PT.shape[1], dtype=jnp.int32)[None]
-    if shapes.has_kernels:
+    if shapes.splits:
       attend = kernels.prefill_attend(prompt_P, start_P, work.pages_SC)
     else:
       attend = prefill_attend(prompt_P, start_P, work.pages_SC, shapes.is_pinned)
@@ -214,8 +214,8 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
   def step(carry):
     i, cache, rows, out_SXB = carry
     is_running_B = rows.status_B == RUNNING
-    if shapes.has_kernels:
-      attend = kernels.decode_attend(rows.made_B, is_running_B, pages_BC, known_B)
+    if shapes.splits:
+      attend = kernels.decode_attend(rows.made_B, is_running_B, pages_BC, known_B, shapes.splits)
     else:
       attend = decode_attend(
         rows.made_B,

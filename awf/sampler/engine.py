@@ -93,7 +93,7 @@ def make_shapes(
     chunks=own_chunks, chunk=chunk, group=group, share=share, at_once=at_once,
     lone_at_once=at_once if on_cpu else 0, blocks=prefill_rows, block=block, calls=calls,
     steps=steps, stall=STALL_TOKENS.get(platform, 2048), is_pinned=on_tpu,
-    has_kernels=has_kernels,
+    splits=kernels.num_splits(config, rows, context) if has_kernels else 0,
   )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ from awf.qwen.model import NEG_INF, Attend
 from awf.sampler.cache import LayerCache
 
 TILE = 64  # keys of one product
+INSTANCES = 2048  # of the decode kernel: what keeps an H200 busy while half of the rows rest
+MOST_SPLITS = 8
 
 
 def can_attend(config: QwenConfig, mesh: jax.sharding.Mesh | None) -> bool:
@@ -27,8 +29,14 @@ def can_attend(config: QwenConfig, mesh: jax.sharding.Mesh | None) -> bool:
   return mesh is None and serves(jax.devices()[0], config.head_dim)
 
 
-def _walk(q_QH: jax.Array, last_Q: jax.Array, stop, load: Callable, carry):
-  """Goes on with an online softmax over the keys 0 ... stop - 1, TILE at a time.
+def num_splits(config: QwenConfig, rows: int, context: int) -> int:
+  """Instances that share the keys of one row's key/value head, so that few rows fill a GPU too."""
+  pairs = rows * config.num_key_value_heads
+  return min(pl.next_power_of_2(pl.cdiv(INSTANCES, pairs)), MOST_SPLITS, pl.cdiv(context, TILE))
+
+
+def _walk(q_QH: jax.Array, last_Q: jax.Array, tiles: tuple, load: Callable, carry):
+  """Goes on with an online softmax over the tiles of keys tiles[0] ... tiles[1] - 1.
 
   `load(c)` gives (k_HW, v_WH) of tile c; query q sees the keys up to last_Q[q].
   """
@@ -45,7 +53,11 @@ def _walk(q_QH: jax.Array, last_Q: jax.Array, stop, load: Callable, carry):
     part = dot(weights.astype(v_WH.dtype), v_WH)
     return new_peak, total * keep + jnp.sum(weights, axis=1), out * keep[:, None] + part
 
-  return jax.lax.fori_loop(0, divide(stop + TILE - 1, TILE)[0], step, carry)
+  return jax.lax.fori_loop(*tiles, step, carry)
+
+
+def _num_tiles(tokens):
+  return divide(tokens + TILE - 1, TILE)[0]
 
 
 def _tiles(keys, values, at: Callable, head) -> Callable:
@@ -62,11 +74,16 @@ def _tiles(keys, values, at: Callable, head) -> Callable:
 
 
 def _decode_kernel(
-  q, k_new, v_new, prompt_keys, prompt_values, keys, values, pages, known, made, out,
+  q, k_new, v_new, prompt_keys, prompt_values, keys, values, pages, known, made, out, peaks, totals,
   keys_out, values_out, *, num_q: int,
 ):  # fmt: skip
-  """Row b's queries of one key/value head: the new token, its prompt's pages, its own chunks."""
-  b, head = pl.program_id(0), pl.program_id(1)
+  """Part of row b's keys for one key/value head: the prompt's pages, then its own chunks.
+
+  The parts of a row follow from its own lengths alone. The first has the new token, which is taken
+  from the arguments, so nothing that was just written is read.
+  """
+  b, head, split = (pl.program_id(i) for i in range(3))
+  num_splits = peaks.shape[0]
   made_b, known_b = made[b], known[b]
   # A product takes LEAST_ROWS queries or more; those beyond the head's own repeat its last.
   place_Q = jnp.arange(max(LEAST_ROWS, pl.next_power_of_2(num_q)), dtype=jnp.int32)
@@ -74,27 +91,44 @@ def _decode_kernel(
   q_QH = q[b, place_Q, :]
   k_H, v_H = k_new[b, head], v_new[b, head]
 
-  @pl.when(made_b >= 0)
+  @pl.when((made_b >= 0) & (split == 0))
   def write():
     c, w = divide(made_b, keys.shape[4])
     keys_out[c, b, head, :, w] = k_H
     values_out[c, b, head, w, :] = v_H
 
-  # The new token is taken from the arguments, so nothing that was just written is read.
   peak = jnp.sum(q_QH.astype(jnp.float32) * k_H.astype(jnp.float32)[None, :], axis=1)
   value = jnp.broadcast_to(v_H.astype(jnp.float32)[None, :], q_QH.shape)
-  carry = peak, jnp.ones_like(peak), value
-  for stop, load in (
-    (known_b, _tiles(prompt_keys, prompt_values, lambda c: (pages[b, c],), head)),
-    (made_b, _tiles(keys, values, lambda c: (c, b), head)),
+  is_first = split == 0
+  carry = (
+    jnp.where(is_first, peak, NEG_INF),
+    jnp.where(is_first, jnp.ones_like(peak), 0.0),
+    jnp.where(is_first, value, 0.0),
+  )
+  num_prompt, num_own = _num_tiles(known_b), _num_tiles(made_b)
+  start, stop = (divide(i * (num_prompt + num_own), num_splits)[0] for i in (split, split + 1))
+  of_prompt = jnp.minimum(start, num_prompt), jnp.minimum(stop, num_prompt)
+  of_own = jnp.maximum(start - num_prompt, 0), jnp.maximum(stop - num_prompt, 0)
+  for last, tiles, load in (
+    (known_b - 1, of_prompt, _tiles(prompt_keys, prompt_values, lambda c: (pages[b, c],), head)),
+    (made_b - 1, of_own, _tiles(keys, values, lambda c: (c, b), head)),
   ):
-    carry = _walk(q_QH, jnp.broadcast_to(stop - 1, peak.shape), stop, load, carry)
-  _, total, value = carry
-  out[b, place_Q, :] = (value / total[:, None]).astype(out.dtype)
+    carry = _walk(q_QH, jnp.broadcast_to(last, peak.shape), tiles, load, carry)
+  peak, total, value = carry
+  peaks[split, b, place_Q] = peak
+  totals[split, b, place_Q] = total
+  out[split, b, place_Q, :] = value
+
+
+def _merge(out_SBNH: jax.Array, peak_SBN: jax.Array, total_SBN: jax.Array) -> jax.Array:
+  """The outputs [B, N, H] of S parts of each row's keys."""
+  share_SBN = jnp.exp(peak_SBN - jnp.max(peak_SBN, axis=0, keepdims=True))
+  total_BN = jnp.sum(total_SBN * share_SBN, axis=0)
+  return jnp.sum(out_SBNH * share_SBN[..., None], axis=0) / total_BN[..., None]
 
 
 def decode_attend(
-  made_B: jax.Array, is_running_B: jax.Array, pages_BC: jax.Array, known_B: jax.Array
+  made_B: jax.Array, is_running_B: jax.Array, pages_BC: jax.Array, known_B: jax.Array, splits: int
 ) -> Attend:
   """Attention of one new token per row, whose key and value are written too.
 
@@ -103,6 +137,7 @@ def decode_attend(
     is_running_B: other rows write nothing, and what they get means nothing.
     pages_BC: int32, pages of each row's prompt.
     known_B: int32, tokens of each row's prompt that the pages hold.
+    splits: of `num_splits`.
   """
   last_B = jnp.where(is_running_B, made_B, -1)
   known_B = jnp.where(is_running_B, known_B, 0)
@@ -112,14 +147,16 @@ def decode_attend(
     b, _, n, h = q_B1NH.shape
     k = k_B1KH.shape[2]
     q_BNH = (q_B1NH * jnp.asarray(h**-0.5, q_B1NH.dtype))[:, 0]
-    out_BNH, keys, values = call(
+    shapes = (splits, b, n, h), (splits, b, n), (splits, b, n)
+    *parts, keys, values = call(
       partial(_decode_kernel, num_q=n // k),
-      (b, k),
-      (shape_of(q_BNH), shape_of(keys), shape_of(values)),
+      (b, k, splits),
+      (*(jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes), shape_of(keys), shape_of(values)),
       q_BNH, k_B1KH[:, 0].astype(keys.dtype), v_B1KH[:, 0].astype(values.dtype),
       prompt_keys, prompt_values, keys, values, pages_BC, known_B, last_B,
-      aliases={5: 1, 6: 2},
+      aliases={5: 3, 6: 4},
     )  # fmt: skip
+    out_BNH = _merge(*parts).astype(q_B1NH.dtype)
     return out_BNH[:, None], LayerCache(prompt_keys, prompt_values, keys, values)
 
   return attend
@@ -149,7 +186,7 @@ def _prefill_kernel(q, keys, values, pages, start, out):
   zero = jnp.zeros((TILE,), jnp.float32)
   carry = zero + NEG_INF, zero, jnp.zeros(q_QH.shape, jnp.float32)
   load = _tiles(keys, values, lambda c: (pages[p, c],), head)
-  _, total, value = _walk(q_QH, last_Q, first + TILE, load, carry)
+  _, total, value = _walk(q_QH, last_Q, (0, _num_tiles(first + TILE)), load, carry)
   out[p, t, n, :] = (value / total[:, None]).astype(out.dtype)
 
 

@@ -114,8 +114,8 @@ def block_attend(
       x = x.reshape(num_i, block, k, -1, h).transpose(0, 2, 3, 1, 4)
       return x.reshape(num_i, k, -1, h)
 
-    parts = split(q_BTNH, h**-0.5), split(k_BTKH), split(v_BTKH)
-    out = _attend_blocks(*parts, blocks, has_kernels)
+    q, key, v = split(q_BTNH, h**-0.5), split(k_BTKH), split(v_BTKH)
+    out: jax.Array = _attend_blocks(q, key, v, blocks, has_kernels)
     out = out.reshape(num_i, k, n // k, block, h).transpose(0, 3, 1, 2, 4)
     return out.reshape(1, num_i * block, n, h)[:, :t], cache
 
@@ -159,7 +159,7 @@ def _scores(q, k, i, j, segments_X, parents_X, blocks):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_blocks(q, k, v, blocks, has_kernels):
+def _attend_blocks(q, k, v, blocks: Blocks, has_kernels: bool) -> jax.Array:
   """q [I, K, heads / K * X, H] (scaled), k and v [I, K, X, H] -> like q."""
   return _attend_fwd(q, k, v, blocks, has_kernels)[0]
 

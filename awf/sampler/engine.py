@@ -62,7 +62,8 @@ def make_shapes(
     max_new_tokens: of the longest completion; 0 is the context.
     prompt_bytes: for the pages of prompts; 0 is as much as all rows could need, at most
       PROMPT_BYTES. One prompt of full length always has room.
-    has_kernels: attention by awf.sampler.kernels.
+    has_kernels: attention by awf.sampler.kernels. A GPU without them works on all rows at once, as
+      it waits for its host at each trip of a loop.
   """
   platform = platform or jax.default_backend()
   on_cpu, on_tpu = platform == "cpu", platform == "tpu"
@@ -84,6 +85,9 @@ def make_shapes(
   share = min(rows, 4 if on_cpu else 8)
   # With a fourth of the rows, groups of four full rows leave no place of a trip unused.
   at_once = math.gcd(rows, min(8, max(1, rows // 4)) if on_cpu else 4)
+  lone_at_once = at_once if on_cpu else 0
+  if platform == "gpu" and not has_kernels:
+    at_once = lone_at_once = rows
   block = 128
   if on_cpu:
     block = 64 if context >= 512 else 32
@@ -91,7 +95,7 @@ def make_shapes(
   return Shapes(
     rows=rows, pages=max(pages, prompt_chunks), page=page, prompt_chunks=prompt_chunks,
     chunks=own_chunks, chunk=chunk, group=group, share=share, at_once=at_once,
-    lone_at_once=at_once if on_cpu else 0, blocks=prefill_rows, block=block, calls=calls,
+    lone_at_once=lone_at_once, blocks=prefill_rows, block=block, calls=calls,
     steps=steps, stall=STALL_TOKENS.get(platform, 2048), is_pinned=on_tpu,
     splits=kernels.num_splits(config, rows, context) if has_kernels else 0,
   )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def num_splits(config: QwenConfig, rows: int, context: int) -> int:
   return min(pl.next_power_of_2(pl.cdiv(INSTANCES, pairs)), MOST_SPLITS, pl.cdiv(context, TILE))
 
 
-def _walk(q_QH: jax.Array, last_Q: jax.Array, tiles: tuple, load: Callable, carry):
+def _walk(q_QH: jax.Array, last_Q: jax.Array, tiles: tuple[Any, Any], load: Callable, carry):
   """Goes on with an online softmax over the tiles of keys tiles[0] ... tiles[1] - 1.
 
   `load(c)` gives (k_HW, v_WH) of tile c; query q sees the keys up to last_Q[q].
@@ -53,7 +54,7 @@ def _walk(q_QH: jax.Array, last_Q: jax.Array, tiles: tuple, load: Callable, carr
     part = dot(weights.astype(v_WH.dtype), v_WH)
     return new_peak, total * keep + jnp.sum(weights, axis=1), out * keep[:, None] + part
 
-  return jax.lax.fori_loop(*tiles, step, carry)
+  return jax.lax.fori_loop(tiles[0], tiles[1], step, carry)
 
 
 def _num_tiles(tokens):

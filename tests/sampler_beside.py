@@ -2,6 +2,7 @@
 
   python tests/sampler_beside.py --model=CHECKPOINT --vllm=VLLM/bin/python --hf=TORCH/bin/python
   python tests/sampler_beside.py --works=small --tunix=TUNIX/bin/python
+  python tests/sampler_beside.py --works=16 --model=CHECKPOINT --tunix=TUNIX/bin/python
 
 Each side loads, compiles and warms up in a process of its own; then they work by turns, the others
 stopped meanwhile. Every row draws all its tokens at temperature 1 from the whole distribution,
@@ -161,14 +162,19 @@ class HuggingFace:
 
 
 class Tunix:
-  """Its Sampler on the small model."""
+  """Its Sampler on the small model, or on the checkpoint's shapes with random weights."""
 
   def __init__(self, args):
-    del args
     from tunix.generate import sampler
 
-    model, config = tunix_model()
-    rows, prompt, new, _ = WORKS["small"]
+    sizes = SMALL
+    if args.model:
+      found = json.loads((Path(args.model) / "config.json").read_text())
+      heads = found["num_attention_heads"]
+      sizes = {"head_dim": found["hidden_size"] // heads} | found
+    self.vocab = sizes["vocab_size"]
+    model, config = tunix_model(sizes)
+    _, prompt, new, _ = WORKS["small"]  # those of works 16 and 64 too
     self.sampler = sampler.Sampler(
       model,
       Ids(),
@@ -179,14 +185,14 @@ class Tunix:
     )  # fmt: skip
 
   def prepare(self, work):
-    assert work == "small", "Tunix has no batch of mixed lengths and no such checkpoint here"
+    assert WORKS[work][1:] == WORKS["small"][1:], "Tunix has no batch of mixed lengths here"
 
   def turn(self, work, salt):
     _, prompt, new, _ = WORKS[work]
     found = self.sampler(
       [" ".join(map(str, ids)) for ids, _, _ in requests(work, salt)],
       max_generation_steps=new, max_prompt_length=prompt, temperature=1.0, top_p=1.0, top_k=None,
-      seed=salt, eos_tokens=[SMALL["vocab_size"] + 7], return_logprobs=True,
+      seed=salt, eos_tokens=[self.vocab + 7], return_logprobs=True,
     )  # fmt: skip
     return sum(len(ids) for ids in found.tokens)
 

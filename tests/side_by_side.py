@@ -251,18 +251,18 @@ class Torch:
     return {"update": time.perf_counter() - start}
 
 
-def tunix_model():
-  """The small model as Tunix has it, and its config; noise for all weights, as in a real model."""
+def tunix_model(sizes=SMALL):
+  """A model of these sizes as Tunix has it, and its config; its weights are noise."""
   import jax
   import jax.numpy as jnp
   from flax import nnx
   from tunix.models.qwen2 import model as qwen2
 
   config = qwen2.ModelConfig(
-    num_layers=SMALL["num_hidden_layers"], vocab_size=SMALL["vocab_size"],
-    embed_dim=SMALL["hidden_size"], hidden_dim=SMALL["intermediate_size"],
-    num_heads=SMALL["num_attention_heads"], head_dim=SMALL["head_dim"],
-    num_kv_heads=SMALL["num_key_value_heads"], rope_theta=1_000_000, norm_eps=1e-6,
+    num_layers=sizes["num_hidden_layers"], vocab_size=sizes["vocab_size"],
+    embed_dim=sizes["hidden_size"], hidden_dim=sizes["intermediate_size"],
+    num_heads=sizes["num_attention_heads"], head_dim=sizes["head_dim"],
+    num_kv_heads=sizes["num_key_value_heads"], rope_theta=1_000_000, norm_eps=1e-6,
     use_tied_embedding=True, dtype=jnp.float32, param_dtype=jnp.float32,
   )  # fmt: skip
   graph, state = nnx.split(qwen2.Qwen2(config, rngs=nnx.Rngs(0)))  # MLP kernels start at zero

@@ -436,6 +436,11 @@ def _check_combinations(config: ConfigDict) -> None:
       f"config.bench.batch = {c.bench.batch} counts rows: expected a multiple of "
       f"config.bench.group = {c.bench.group}"
     )
+  if c.bench.what == "workflow" and c.bench.weights == "random":
+    raise UserError(
+      "config.bench.weights = 'random': random weights write no answers; measure config.bench.what "
+      "= sampler or update with them"
+    )
   if c.model.quant != "none" and c.sft.weights == "all":
     raise UserError(
       f"config.model.quant = {c.model.quant!r}: a quantised base is frozen; set "

@@ -1,5 +1,6 @@
 """The command line: one line for each mistake, one JSON line for success, clean interrupts."""
 
+import dataclasses
 import json
 import math
 import os
@@ -162,6 +163,29 @@ def test_bench_prints_one_json_line(capsys, checkpoint, tmp_path, what):
       assert part["seconds"] > 0
       assert part["tokens_per_second"] == pytest.approx(part["tokens"] / part["seconds"], rel=0.01)
   assert not (tmp_path / "run").exists()  # a benchmark leaves nothing behind
+
+
+def test_bench_with_random_weights_reads_no_checkpoint(capsys, tmp_path):
+  """A known model's shapes, cut to two layers here; the hub is not asked."""
+  from awf.qwen import known
+
+  name = "Qwen/Qwen2.5-0.5B-Instruct"
+  tiny = dataclasses.replace(
+    known.ARCHITECTURES[name],
+    num_hidden_layers=2,
+    hidden_size=28,
+    intermediate_size=32,
+    head_dim=16,
+  )
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(known.ARCHITECTURES, name, tiny)
+    code = run(
+      SMALL, "--mode=bench", f"--workdir={tmp_path / 'run'}", f"--config.model.path={name}",
+      "--config.bench.weights=random", "--config.model.quant=int8",
+    )  # fmt: skip
+  result = json.loads(capsys.readouterr().out)
+  assert code == 0 and result["parameters"] == tiny.num_parameters and result["quant"] == "int8"
+  assert result["tokens_per_second"] > 0
 
 
 def test_bench_prompts_are_new_in_every_repeat():

@@ -231,6 +231,7 @@ def test_defaults_pass_and_every_rule_names_a_field(config):
     ("eval.pass_k", (0,), "positive"),
     ("bench.group", 3, "multiple of config.bench.group"),
     ("bench.lengths", "long", "LOW-HIGH"),
+    ("bench.weights", "none", "checkpoint, random"),
     ("bench.lengths", "256-32", "LOW-HIGH"),
     ("sampler.min_p", 1.5, "a number in [0, 1]"),
     ("executor.min_p", -0.1, "a number in [0, 1]"),

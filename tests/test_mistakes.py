@@ -137,6 +137,10 @@ MISTAKES = {
   "batch that groups do not divide": (
     (Q, "--mode=bench", "--config.bench.batch=5", "--config.bench.group=2"), "config.bench.group",
   ),
+  "workflows by random weights": (
+    (Q, "--mode=bench", "--config.bench.what=workflow", "--config.bench.weights=random"),
+    "config.bench.weights",
+  ),
   # model and adapters
   "no model": ((Q, "--config.model.path="), "config.model.path"),
   "model directory misspelt": ((Q, "--config.model.path=./modle"), "config.model.path"),

@@ -19,12 +19,14 @@ from awf.qwen.quant import (
   QuantConfig,
   QuantKernel,
   dequantise,
+  frozen_logits,
   is_quantised,
   matmul,
   num_bytes,
   quantise,
   quantise_rows,
 )
+from awf.qwen.random_base import random_base
 from awf.sampler.engine import Request
 from awf.sharding import make_mesh, tree_shardings
 from awf.types import UserError
@@ -175,6 +177,41 @@ def test_lora_gradients_are_those_on_the_float_base(name, layout):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * largest, rtol=1e-4), ours, theirs
   )
+
+
+@pytest.mark.parametrize("layout", ["none", *LAYOUTS])
+def test_a_random_base_has_the_leaves_of_a_checkpoint(layout):
+  config = CONFIGS["qwen3"]
+  quant = LAYOUTS.get(layout, QuantConfig())
+  base, again, other = (
+    random_base(config, "bfloat16", None, quant, False, seed) for seed in (0, 0, 1)
+  )
+  wanted = abstract_params(config, "bfloat16", quant)
+  jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype) or pytest.fail(), base, wanted)
+  jax.tree.map(np.testing.assert_array_equal, base, again)
+  wide, wide_other = (
+    (dequantise(x) if is_quantised(x) else x)["layers_0"]["up_proj"]["kernel"]
+    for x in (base, other)
+  )
+  assert not np.array_equal(wide, wide_other)
+  assert 0.015 < float(jnp.std(jnp.asarray(wide, jnp.float32))) < 0.025
+  assert not np.array_equal(wide, base["layers_1"]["up_proj"].get("kernel"))
+
+
+@pytest.mark.parametrize("layout", ["none", "int8"])
+def test_frozen_logits_have_the_gradient_of_the_product(layout):
+  params = random_params(CONFIGS["untied"], size=0.3)
+  params = quantise(params, LAYOUTS[layout]) if layout in LAYOUTS else params
+  x = jax.random.normal(jax.random.key(0), (5, 16))
+  kernel = head_kernel(params)
+
+  def loss(product, x):
+    return jnp.sum(jnp.sin(product(x, kernel)))
+
+  ours, wanted = (
+    jax.value_and_grad(functools.partial(loss, f))(x) for f in (frozen_logits, matmul)
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, wanted)
 
 
 @pytest.mark.parametrize("method", ["int8", "int4"])

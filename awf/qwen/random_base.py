@@ -36,33 +36,34 @@ def random_base(
     seed: equal seeds give equal weights.
   """
   params: dict[str, Any] = {}
-  leaves = [
-    (path, shape, kind)
-    for where, tensor in checkpoint_layout(config, is_turned).items()
-    for path, (shape, kind) in leaves_of(where, tensor.shape, DTYPES[dtype], quant).items()
-  ]
-  for i, (path, shape, kind) in enumerate(leaves):
-    key = jax.random.fold_in(jax.random.key(seed), i)
-    sharding = sharding_of(path, shape, mesh)
-    put(params, path, _draw(path[-1], shape, jnp.dtype(kind), sharding, key))
+  key = jax.random.key(seed)
+  for i, (where, tensor) in enumerate(checkpoint_layout(config, is_turned).items()):
+    leaves = leaves_of(where, tensor.shape, DTYPES[dtype], quant)
+    kinds = [jnp.dtype(kind) for _, kind in leaves.values()]  # the integers come first
+    size = _SIZE * math.sqrt(3) / jnp.iinfo(kinds[0]).max if len(kinds) > 1 else _SIZE
+    for (path, (shape, _)), kind in zip(leaves.items(), kinds, strict=True):
+      sharding = sharding_of(path, shape, mesh)
+      put(params, path, _draw(path[-1], shape, kind, sharding, size, jax.random.fold_in(key, i)))
   return params
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _draw(leaf: str, shape: tuple[int, ...], kind: Any, sharding: Any, key: jax.Array) -> jax.Array:
-  """One leaf: norms are ones, biases zeros, scales those of numbers of `_SIZE`."""
-  x = _values(leaf, shape, kind, key)
+def _draw(
+  leaf: str, shape: tuple[int, ...], kind: Any, sharding: Any, size: float, key: jax.Array
+) -> jax.Array:
+  """One leaf: norms are ones, biases zeros, scales of integers `size`."""
+  x = _values(leaf, shape, kind, size, key)
   return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
-def _values(leaf: str, shape: tuple[int, ...], kind: Any, key: jax.Array) -> jax.Array:
+def _values(leaf: str, shape: tuple[int, ...], kind: Any, size: Any, key: jax.Array) -> jax.Array:
   if leaf == "scale":
     return jnp.ones(shape, kind)
   if leaf == "bias":
     return jnp.zeros(shape, kind)
   if leaf.endswith("_scale"):
-    return jnp.full(shape, _SIZE * math.sqrt(3) / 127, kind)
+    return jnp.full(shape, size, kind)
   if jnp.issubdtype(kind, jnp.integer):
     most = jnp.iinfo(kind).max
     return jax.random.randint(key, shape, -most, most + 1, jnp.int8).astype(kind)
-  return (_SIZE * jax.random.normal(key, shape, jnp.float32)).astype(kind)
+  return (size * jax.random.normal(key, shape, jnp.float32)).astype(kind)

@@ -32,8 +32,8 @@ def can_attend(config: QwenConfig, mesh: jax.sharding.Mesh | None) -> bool:
 
 def num_splits(config: QwenConfig, rows: int, context: int) -> int:
   """Instances that share the keys of one row's key/value head, so that few rows fill a GPU too."""
-  pairs = rows * config.num_key_value_heads
-  return min(pl.next_power_of_2(pl.cdiv(INSTANCES, pairs)), MOST_SPLITS, pl.cdiv(context, TILE))
+  wanted = pl.next_power_of_2(pl.cdiv(INSTANCES, rows * config.num_key_value_heads))
+  return min(max(2, wanted), MOST_SPLITS, pl.cdiv(context, TILE))
 
 
 def _walk(q_QH: jax.Array, last_Q: jax.Array, tiles: tuple[Any, Any], load: Callable, carry):

@@ -91,9 +91,9 @@ def block_attend(
 ) -> Attend:
   """Attention of one row (B = 1) that visits visible blocks only; how many is no part of the shape.
 
-  Its work follows the lengths of the sequences, whatever their arrangement, and one
-  program serves all. The softmax is accumulated block by block and recomputed in the backward pass.
-  `has_kernels`: by `awf.grpo.attention_kernels`, on a GPU.
+  Its work follows the lengths of the sequences, whatever their arrangement, and one program serves
+  all. The softmax is accumulated block by block and recomputed in the backward pass. `has_kernels`:
+  by `awf.grpo.attention_kernels`, on a GPU.
 
   Source: FlashAttention, arXiv:2205.14135, algorithms 1 and 4.
   """

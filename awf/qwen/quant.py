@@ -136,8 +136,8 @@ def matmul(x: jax.Array, kernel: Kernel) -> jax.Array:
 def logits(x: jax.Array, kernel: Kernel) -> jax.Array:
   """Float32 x [..., in] times the head's kernel [in, out]; no gradient.
 
-  On a GPU the product's float32 sums as they are, which a pass over the vocabulary fewer gives.
-  Elsewhere they are rounded to the dtype of `x` first: a TPU's step reads half as many bytes.
+  On a GPU these are the product's sums as they are, which saves a pass that widens them. Elsewhere
+  they are rounded to the dtype of `x` first: a TPU's step reads half as many bytes.
   """
   if isinstance(kernel, QuantKernel):
     return matmul(x, kernel).astype(jnp.float32)

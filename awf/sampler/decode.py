@@ -203,7 +203,7 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
     work.pages_SC, work.known_S, work.rows_AM, work.prompt_A, work.counts_5[1], work.row_L,
     work.prompt_L, work.counts_5[2],
   )  # fmt: skip
-  pages_BC, known_B = prompts_of_rows(work)
+  own_prompts = prompts_of_rows(work) if shapes.splits else ()
 
   def is_going(carry):
     i, _, rows, _ = carry
@@ -215,7 +215,7 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
     i, cache, rows, out_SXB = carry
     is_running_B = rows.status_B == RUNNING
     if shapes.splits:
-      attend = kernels.decode_attend(rows.made_B, is_running_B, pages_BC, known_B, shapes.splits)
+      attend = kernels.decode_attend(rows.made_B, is_running_B, *own_prompts, splits=shapes.splits)
     else:
       attend = decode_attend(
         rows.made_B,

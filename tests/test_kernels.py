@@ -100,6 +100,7 @@ def lowered(fn, *args):
     pytest.skip(str(error).splitlines()[0])
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_triton_takes_every_kernel(dtype, monkeypatch):
   config = dataclasses.replace(QWEN3, dtype=dtype, head_dim=64)

@@ -5,6 +5,7 @@ Written in Pallas for Triton, which needs compute capability 8.0 and tiles of po
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ LEAST_ROWS = 16  # of a product
 def serves(device: Any, head_dim: int) -> bool:
   """Whether kernels for heads of this size run on a jax.Device."""
   if device.platform != "gpu" or "nvidia" not in device.device_kind.lower():
+    return False
+  if importlib.util.find_spec("jax.experimental.pallas.triton") is None:  # JAX means to drop it
     return False
   is_power = head_dim & (head_dim - 1) == 0
   return float(device.compute_capability) >= LEAST_CAPABILITY and is_power and 16 <= head_dim <= 256

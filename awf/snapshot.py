@@ -55,9 +55,13 @@ def snapshot_name(step: int, digest: str) -> str:
 
 
 def snapshots(folder: Path) -> list[Snapshot]:
-  """All of one run's folder, newest first."""
-  found = [s for s in map(named_snapshot, folder.iterdir()) if s is not None]
-  return sorted(found, key=lambda s: (s.step, s.path.stat().st_mtime_ns), reverse=True)
+  """All of one run's folder, newest first; a run may drop some meanwhile."""
+  found: list[tuple[int, int, Snapshot]] = []
+  for one in map(named_snapshot, folder.iterdir()):
+    if one is not None:
+      with contextlib.suppress(FileNotFoundError):
+        found.append((one.step, one.path.stat().st_mtime_ns, one))
+  return [one for *_, one in sorted(found, key=lambda x: x[:2], reverse=True)]
 
 
 def write_snapshot(part: Path, workdir: Path, source: Path, check: Callable[[], None]) -> str:

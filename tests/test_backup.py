@@ -117,6 +117,14 @@ def test_the_newest_are_kept_and_the_new_one_always(config, workdir, fast):
   assert steps(manager) == [2]
 
 
+def test_a_backup_that_is_dropped_while_they_are_listed_is_left_out(tmp_path, monkeypatch):
+  kept, dropped = (tmp_path / f"0000000{i}-{str(i) * 64}.tar" for i in (1, 2))
+  kept.touch()
+  there = [dropped, kept]
+  monkeypatch.setattr(Path, "iterdir", lambda self: iter(there))
+  assert [s.path for s in snapshots(tmp_path)] == [kept]
+
+
 def test_a_restored_directory_is_that_of_the_run(config, workdir, tmp_path):
   save(workdir, 3)
   with BackupManager(config, workdir) as manager:

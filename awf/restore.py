@@ -102,4 +102,8 @@ def _is_usable(snapshot: Snapshot) -> bool:
 
 
 def _stamp(path: Path) -> int:
-  return path.stat().st_mtime_ns
+  """When a file was written; 0 if it has been dropped meanwhile."""
+  try:
+    return path.stat().st_mtime_ns
+  except FileNotFoundError:
+    return 0

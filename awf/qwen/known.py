@@ -69,7 +69,7 @@ def _download_config(name: str) -> Path:
   import huggingface_hub
 
   try:
-    return Path(huggingface_hub.hf_hub_download(name, "config.json")).parent
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=["config.json"]))
   except (OSError, ValueError, httpx.HTTPError, huggingface_hub.errors.HfHubHTTPError) as error:
     raise UserError(
       f"config.model.path = {name!r}: its config.json could not be had from the hub; give a "

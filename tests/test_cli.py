@@ -360,14 +360,6 @@ def test_without_network_the_full_config_names_what_to_give_and_the_quickstart(t
     assert "--config.model.path" in line and "configs/quickstart.py" in line
 
 
-def test_random_weights_of_a_model_that_nobody_knows(capsys, tmp_path):
-  line = one_line_error(
-    capsys, SMALL, "--mode=bench", "--config.bench.weights=random", "--config.model.path=no/such",
-    f"--workdir={tmp_path / 'r'}",
-  )  # fmt: skip
-  assert "config.model.path = 'no/such'" in line and "Qwen/Qwen3-0.6B" in line
-
-
 def test_a_second_process_is_kept_out(tmp_path):
   config = base_config()
   with Workdir(tmp_path / "run") as first:

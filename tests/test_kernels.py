@@ -15,7 +15,7 @@ from awf.grpo.attention import block_attend
 from awf.qwen.kernel import serves
 from awf.sampler.cache import init_cache
 from awf.sampler.decode import dispatch, empty_work
-from awf.sampler.engine import Engine, Request, make_shapes
+from awf.sampler.engine import GPU_STALL_TOKENS, STALL_TOKENS, Engine, Request, make_shapes
 
 ROWS = 8
 
@@ -50,11 +50,11 @@ def requests():
 def test_an_engine_draws_the_same_tokens(config, as_on_a_gpu, monkeypatch):
   params = random_params(config, size=0.3)
   with make_engine(config, params) as engine:
-    assert engine.shapes.stall == 8192
+    assert engine.shapes.stall == GPU_STALL_TOKENS
     found = engine.generate(requests())
   monkeypatch.undo()
   with make_engine(config, params) as engine:
-    assert engine.shapes.stall == 2048
+    assert engine.shapes.stall == STALL_TOKENS
     wanted = engine.generate(requests())
   for request, ours, plain in zip(requests(), found, wanted, strict=True):
     assert [x.token_ids for x in ours] == [x.token_ids for x in plain]

@@ -50,7 +50,7 @@ class Shapes:
   block: int  # tokens of one prompt block; divides page
   calls: int  # most prefill calls of one dispatch
   steps: int  # most decode steps of one dispatch
-  stall: int = 2048  # most prompt tokens of a dispatch in which rows decode
+  stall: int  # most prompt tokens of a dispatch in which rows decode
   is_pinned: bool = False  # one memory layout of the cache in all parts, for TPUs
   splits: int = 0  # of a row's keys in awf.sampler.kernels, for GPUs; 0: awf.sampler.cache attends
   top: int = 0  # K, likeliest tokens of each step that come back too

@@ -34,7 +34,7 @@ PAGE, CHUNK = 128, 64  # tokens of a prompt's page and of a completion's chunk
 IN_PLACE = 1 << 20  # most bytes of a layer's keys, of all rows, in the one chunk that has them all
 TPU_WIDTH = 256  # of both: fewer and larger pieces of a decode step
 PROMPT_BYTES = 3 << 29  # pages for prompts: what all rows could need unless that is more
-STALL_TOKENS = {"gpu": 8192}  # prompt tokens of a dispatch in which rows decode; else 2048
+STALL_TOKENS, GPU_STALL_TOKENS = 2048, 8192  # most prompt tokens of a dispatch in which rows decode
 QUEUE = 8192  # completions that may wait for a row unless told otherwise
 COUNTS = ("requests", "completions", "refused", "cancelled", "prompt_tokens", "tokens")
 
@@ -96,7 +96,7 @@ def make_shapes(
     rows=rows, pages=max(pages, prompt_chunks), page=page, prompt_chunks=prompt_chunks,
     chunks=own_chunks, chunk=chunk, group=group, share=share, at_once=at_once,
     lone_at_once=lone_at_once, blocks=prefill_rows, block=block, calls=calls,
-    steps=steps, stall=STALL_TOKENS.get(platform, 2048), is_pinned=on_tpu,
+    steps=steps, stall=GPU_STALL_TOKENS if platform == "gpu" else STALL_TOKENS, is_pinned=on_tpu,
     splits=kernels.num_splits(config, rows, context) if has_kernels else 0,
   )  # fmt: skip
 

@@ -170,11 +170,11 @@ def settings(matrix: Matrix, is_full: bool, **fields: Any) -> SearchConfig:
   config = load_config("configs/quickstart.py")
   count = len(matrix.validation)
   subset = max(4, round(count * config.search.subset_problems / config.search.full_problems))
-  stages = {"subset_problems": subset, "full_problems": count}
+  stages = {"subset_problems": subset, "full_problems": count, **fields}
   if is_full:
-    stages = {"smoke_problems": 0, "subset_problems": count, "full_problems": count, "full_top": 0}
+    stages |= {"smoke_problems": 0, "subset_problems": count, "full_top": 0}
   return SearchConfig.from_config(
-    {**config.search, **stages, **fields},
+    {**config.search, **stages},
     config.reward,
     group_size=config.grpo.group_size,
     dataset="NANO",
@@ -250,6 +250,7 @@ def main() -> int:
   parser.add_argument("--rounds", type=int, default=10)
   parser.add_argument("--parents", type=int, default=8)
   parser.add_argument("--problems", type=int, default=90, help="of a full evaluation, live")
+  parser.add_argument("--full-top", type=int, default=1, help="of a round in full, when staged")
   args = parser.parse_args()
   if args.collect:
     from replay_collect import collect
@@ -261,10 +262,12 @@ def main() -> int:
   if args.live:
     from replay_collect import live
 
-    live(args.live, range(args.seeds), args.rounds, args.parents, args.problems)
+    searches = {"rounds": args.rounds, "parents": args.parents, "full_top": args.full_top}
+    live(args.live, range(args.seeds), searches, args.problems)
   if args.replay:
     seeds = range(args.seeds)
-    result = compare(load(args.matrix), seeds, rounds=args.rounds, parents=args.parents)
+    searches = {"rounds": args.rounds, "parents": args.parents, "full_top": args.full_top}
+    result = compare(load(args.matrix), seeds, **searches)
     print(json.dumps(result))
     return 0 if result["holds"] else 1
   return 0

@@ -81,14 +81,14 @@ async def _collect(system: System, folder: Path, children: int, blocks: int, see
 
 
 def live(
-  folder: Path, seeds: Sequence[int], rounds: int, parents: int, problems: int
+  folder: Path, seeds: Sequence[int], searches: dict[str, int], problems: int
 ) -> list[dict[str, Any]]:
   """Searches with the shipped model, for each seed staged and in full.
 
   Args:
     folder: gets a run and a file of results for each; what has its results is not run again.
     seeds: of the runs.
-    rounds, parents: of a search.
+    searches: fields of the staged searches; the full ones differ in their stages alone.
     problems: validation problems of a full evaluation; the common subset is a fifth of them.
 
   Returns:
@@ -102,7 +102,8 @@ def live(
       file = folder / f"{mode}_{seed}.json"
       if not file.exists():
         config = load_config("configs/quickstart.py")
-        config.seed, config.search.rounds, config.search.parents = seed, rounds, parents
+        config.seed = seed
+        config.search.update(searches)
         share = config.search.subset_problems / config.search.full_problems
         config.search.full_problems = problems
         config.search.subset_problems = max(4, round(problems * share))

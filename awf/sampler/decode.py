@@ -203,7 +203,11 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
     work.pages_SC, work.known_S, work.rows_AM, work.prompt_A, work.counts_5[1], work.row_L,
     work.prompt_L, work.counts_5[2],
   )  # fmt: skip
-  own_prompts = prompts_of_rows(work) if shapes.splits else ()
+  prompts: tuple[jax.Array, ...] = ()
+  if shapes.splits:
+    pages_BC, known_B = prompts_of_rows(work)
+    length_B = jnp.where(column("status") == RUNNING, known_B + column("made"), -1)
+    prompts = pages_BC, known_B, jnp.argsort(length_B, descending=True)
 
   def is_going(carry):
     i, _, rows, _ = carry
@@ -215,7 +219,7 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
     i, cache, rows, out_SXB = carry
     is_running_B = rows.status_B == RUNNING
     if shapes.splits:
-      attend = kernels.decode_attend(rows.made_B, is_running_B, *own_prompts, splits=shapes.splits)
+      attend = kernels.decode_attend(rows.made_B, is_running_B, *prompts, splits=shapes.splits)
     else:
       attend = decode_attend(
         rows.made_B,

@@ -33,7 +33,7 @@ def can_attend(config: QwenConfig, mesh: jax.sharding.Mesh | None) -> bool:
 def num_splits(config: QwenConfig, rows: int, context: int) -> int:
   """Instances that share the keys of one row's key/value head, so that few rows fill a GPU too."""
   wanted = pl.next_power_of_2(pl.cdiv(INSTANCES, rows * config.num_key_value_heads))
-  return min(max(2, wanted), MOST_SPLITS, pl.cdiv(context, TILE))
+  return min(wanted, MOST_SPLITS, pl.cdiv(context, TILE))
 
 
 def _walk(q_QH: jax.Array, last_Q: jax.Array, tiles: tuple[Any, Any], load: Callable, carry):
@@ -75,15 +75,16 @@ def _tiles(keys, values, at: Callable, head) -> Callable:
 
 
 def _decode_kernel(
-  q, k_new, v_new, prompt_keys, prompt_values, keys, values, pages, known, made, out, peaks, totals,
-  keys_out, values_out, *, num_q: int,
+  q, k_new, v_new, prompt_keys, prompt_values, keys, values, pages, known, made, order, out, peaks,
+  totals, keys_out, values_out, *, num_q: int,
 ):  # fmt: skip
-  """Part of row b's keys for one key/value head: the prompt's pages, then its own chunks.
+  """Part of a row's keys for one key/value head: the prompt's pages, then its own chunks.
 
   The parts of a row follow from its own lengths alone. The first has the new token, which is taken
   from the arguments, so nothing that was just written is read.
   """
-  b, head, split = (pl.program_id(i) for i in range(3))
+  split, head, place = (pl.program_id(i) for i in range(3))
+  b = order[place]
   num_splits = peaks.shape[0]
   made_b, known_b = made[b], known[b]
   # A product takes LEAST_ROWS queries or more; those beyond the head's own repeat its last.
@@ -129,7 +130,12 @@ def _merge(out_SBNH: jax.Array, peak_SBN: jax.Array, total_SBN: jax.Array) -> ja
 
 
 def decode_attend(
-  made_B: jax.Array, is_running_B: jax.Array, pages_BC: jax.Array, known_B: jax.Array, splits: int
+  made_B: jax.Array,
+  is_running_B: jax.Array,
+  pages_BC: jax.Array,
+  known_B: jax.Array,
+  order_B: jax.Array,
+  splits: int,
 ) -> Attend:
   """Attention of one new token per row, whose key and value are written too.
 
@@ -138,6 +144,8 @@ def decode_attend(
     is_running_B: other rows write nothing, and what they get means nothing.
     pages_BC: int32, pages of each row's prompt.
     known_B: int32, tokens of each row's prompt that the pages hold.
+    order_B: int32, the rows in the order in which a GPU starts on them: the longest first, as what
+      is started last decides when it is done.
     splits: of `num_splits`.
   """
   last_B = jnp.where(is_running_B, made_B, -1)
@@ -151,10 +159,10 @@ def decode_attend(
     shapes = (splits, b, n, h), (splits, b, n), (splits, b, n)
     *parts, keys, values = call(
       partial(_decode_kernel, num_q=n // k),
-      (b, k, splits),
+      (splits, k, b),
       (*(jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes), shape_of(keys), shape_of(values)),
       q_BNH, k_B1KH[:, 0].astype(keys.dtype), v_B1KH[:, 0].astype(values.dtype),
-      prompt_keys, prompt_values, keys, values, pages_BC, known_B, last_B,
+      prompt_keys, prompt_values, keys, values, pages_BC, known_B, last_B, order_B,
       aliases={5: 3, 6: 4},
     )  # fmt: skip
     out_BNH = _merge(*parts).astype(q_B1NH.dtype)

@@ -160,7 +160,7 @@ def base_config() -> ConfigDict:
       smoke_problems=1,  # problems of the smoke run; a proposal that fails them all goes no further
       subset_problems=8,  # common problems of a group, for the reward
       full_problems=0,  # full validation of survivors; 0 = all validation problems
-      full_top=2,  # children per round that go on to full validation
+      full_top=4,  # children per round that go on to full validation
       # common problems by solve rate: none (from all), easy_first, hard_first
       curriculum="none",
       curriculum_share=0.5,  # part of the problems in the first round; all are in at the last

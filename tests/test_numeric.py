@@ -1,6 +1,7 @@
 """NumericComparisonValidator: extraction, exact comparison, and answers that try to cheat."""
 
 import asyncio
+import sys
 import time
 from fractions import Fraction
 
@@ -201,3 +202,16 @@ def test_reading_back_what_was_written(number, sign, value):
   for form in forms:
     found = quantities.parse_quantity(sign + form)
     assert found.value / (100 if found.percent else 1) == value * number, form
+
+
+def test_the_comparison_finds_packages_where_this_process_does(tmp_path, monkeypatch):
+  """As after `pip install --target DIR` with PYTHONPATH=DIR."""
+  text = "def {}(*_, **__):\n  return [True]\n"
+  names = "LatexExtractionConfig", "parse", "verify"
+  (tmp_path / "math_verify.py").write_text("".join(text.format(name) for name in names))
+  monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+  comparer = LatexComparer(seconds=20.0)
+  try:
+    assert comparer.equal("a + x", "b + y") == (True, "")
+  finally:
+    comparer.close()

@@ -58,7 +58,7 @@ class SearchConfig:
   smoke_problems: int = 1
   subset_problems: int = 8
   full_problems: int = 0
-  full_top: int = 2
+  full_top: int = 4
   curriculum: str = "none"
   curriculum_share: float = 0.5
   start_share: float = 0.0

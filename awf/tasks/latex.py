@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import pathlib
 import re
 import select
@@ -63,12 +64,13 @@ class LatexComparer:
       atexit.unregister(self.close)
 
   def _start(self) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join(os.path.abspath(p) for p in sys.path if p)  # packages may lie anywhere
     process = subprocess.Popen(
-      [sys.executable, "-I", str(_WORKER), str(self.memory_mb << 20)],
+      [sys.executable, "-s", "-P", str(_WORKER), str(self.memory_mb << 20)],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
-      env={"PYTHONHASHSEED": "0"},
+      env={"PYTHONHASHSEED": "0", "PYTHONPATH": path},
       bufsize=0,
       start_new_session=True,
     )

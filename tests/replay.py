@@ -185,7 +185,8 @@ def settings(matrix: Matrix, is_full: bool, **fields: Any) -> SearchConfig:
 def search(matrix: Matrix, config: SearchConfig, seed: int) -> dict[str, Any]:
   """One replayed search: the program that it chooses, its scores, and what was run."""
   replayed = Replayed(matrix)
-  problems = [Problem(id, id, "1") for id in matrix.validation]
+  # The quickstart's ids are FAMILY-SPLIT-NUMBER.
+  problems = [Problem(id, id, "1", family=id.split("-")[0]) for id in matrix.validation]
   with tempfile.TemporaryDirectory() as folder:
     optimizer = MCTSOptimizer(
       config, replayed, replayed, replayed.propose, problems, folder, seed,

@@ -1,14 +1,16 @@
 """The curriculum: which problems a round's common set is drawn from, as the search goes on."""
 
+import collections
 import json
+import random
 
 import pytest
 from search_world import PROBLEMS, Executor, make_search, run_rounds, scripted
 
 from awf.sandbox import Sandbox, SandboxConfig
-from awf.search.curriculum import PRIOR, by_solve_rate, problem_pool, solve_rates
+from awf.search.curriculum import PRIOR, by_solve_rate, problem_pool, solve_rates, spread
 from awf.search.tree import Node, Tree
-from awf.types import Failure, UserError, WorkflowSource
+from awf.types import Failure, Problem, UserError, WorkflowSource
 from awf.workflow.contract import PRELOAD
 
 
@@ -89,3 +91,19 @@ def test_common_problems_go_from_easy_to_all_and_a_resumed_search_draws_the_same
 def test_a_wrong_order_is_refused(sandbox, tmp_path):
   with pytest.raises(UserError, match="config.search.curriculum: expected one of none"):
     make_search(sandbox, tmp_path, scripted(), curriculum="easy")
+
+
+def test_a_draw_has_its_share_of_every_family_and_each_problem_alike():
+  sizes = {"a": 18, "b": 9, "c": 3}
+  problems = [Problem(f"{f}{i}", "", family=f) for f, n in sizes.items() for i in range(n)]
+  times = collections.Counter()
+  for seed in range(400):
+    drawn = spread(problems, 10, random.Random(seed))
+    assert collections.Counter(p.family for p in drawn) == {"a": 6, "b": 3, "c": 1}
+    times.update(p.id for p in drawn)
+  assert len(times) == 30 and all(90 < count < 180 for count in times.values())  # of 133
+  uneven = collections.Counter(p.family for p in spread(problems, 4, random.Random(0)))
+  assert uneven["a"] in (2, 3) and uneven["b"] in (1, 2)
+  assert {p.id for p in spread(problems, 30, random.Random(0))} == {p.id for p in problems}
+  assert spread(problems, 10, random.Random(7)) == spread(problems, 10, random.Random(7))
+  assert len({spread(problems, 10, random.Random(s))[0].family for s in range(9)}) > 1

@@ -1,5 +1,4 @@
-"""Which problems a round may draw its common set from: problems ordered by how often they are
-solved.
+"""Which problems a round draws its common set from, by how often they are solved, and the draw.
 
 The order is a function of the tree alone, so it is resumed with it.
 """
@@ -88,3 +87,15 @@ def problem_pool(
   part = share + (1.0 - share) * min(max(progress, 0.0), 1.0)
   count = max(least, math.ceil(part * len(problems)))
   return by_solve_rate(tree, problems, order)[:count]
+
+
+def spread(problems: Sequence[Problem], count: int, rng: random.Random) -> list[Problem]:
+  """`count` different problems in a random order, each family with its share of them, rounded.
+
+  Every problem is as likely as any other. Drawn without regard to families, few problems leave
+  some out, and a workflow that fails all of these looks as good as one that fails none.
+  """
+  by_family = sorted(rng.sample(problems, len(problems)), key=lambda p: p.family)
+  start = rng.randrange(len(by_family))
+  chosen = [by_family[(i * len(by_family) + start) // count] for i in range(count)]
+  return rng.sample(chosen, count)

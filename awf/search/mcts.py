@@ -19,7 +19,7 @@ from typing import Any
 from awf.search import rounds
 from awf.search.budget import why_done
 from awf.search.config import SearchConfig
-from awf.search.curriculum import problem_pool
+from awf.search.curriculum import problem_pool, spread
 from awf.search.propose import (
   Edit,
   experience_lines,
@@ -189,8 +189,8 @@ class MCTSOptimizer:
     count = self.config.full_problems
     if not count or count >= len(self.problems):
       return self.problems
-    chosen = self._rng("full").sample(range(len(self.problems)), count)
-    return tuple(self.problems[i] for i in sorted(chosen))
+    chosen = {p.id for p in spread(self.problems, count, self._rng("full"))}
+    return tuple(p for p in self.problems if p.id in chosen)
 
   def common_problems(self, round: int, tree: Tree | None = None) -> tuple[Problem, ...]:
     """The problems on which every child of a round is scored; the first ones serve as smoke run.
@@ -204,7 +204,7 @@ class MCTSOptimizer:
     order, share = config.curriculum, config.curriculum_share
     tree = self.tree if tree is None else tree
     pool = problem_pool(tree, self.problems, order, share, progress, count)
-    return tuple(self._rng("common", round).sample(pool, count))
+    return tuple(spread(pool, count, self._rng("common", round)))
 
   # ---- one round ----
 

@@ -284,6 +284,8 @@ def main():
   for name in ("vllm", "hf", "tunix"):
     parser.add_argument(f"--{name}", default="", help="its Python interpreter")
   args = parser.parse_args()
+  if args.tunix and args.model and "small" in args.works:
+    parser.error("--model: Tunix has one model, so time small in a run of its own without it")
   if args.worker:
     worker(args)
   else:

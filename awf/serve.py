@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("awf")
 
 TOKEN_VARIABLE = "AWF_API_KEY"
+BACKLOG = 2048  # connections that wait to be accepted, as many as at uvicorn
 
 
 class Server(uvicorn.Server):
@@ -149,12 +150,16 @@ def _make_service(config: ConfigDict, policy: QwenPolicy) -> Service:
 
 def _bind(host: str, port: int) -> socket.socket:
   """A listening socket, before any model is loaded; port 0 takes a free one."""
+  bound = None
   try:
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind(address)
+    bound.listen(BACKLOG)  # two that do not listen could share the address
   except OSError as error:
+    if bound is not None:
+      bound.close()
     raise UserError(
       f"config.serve.host, config.serve.port: cannot listen on {host}:{port} ({error}); "
       "choose another port, or 0 for a free one"

@@ -9,7 +9,6 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -196,10 +195,8 @@ class Service:
     return JSONResponse(whole)
 
   async def _outputs(self, call: Call) -> list[list[Output]]:
-    futures: list[Future[list[Output]]] = []
+    futures = self._policy.engine.submit_all(call.requests, wait=False)
     try:
-      for one in call.requests:
-        futures.append(self._policy.engine.submit(one, wait=False))
       return [await asyncio.wrap_future(future) for future in futures]
     finally:
       for future in futures:
@@ -208,8 +205,8 @@ class Service:
   def _open(self, call: Call) -> list[PartStream]:
     streams: list[PartStream] = []
     try:
-      for one in call.requests:
-        streams.append(self._policy.engine.stream(one, wait=False))
+      for i, one in enumerate(call.requests):  # those behind the first stand in line
+        streams.append(self._policy.engine.stream(one, wait=i > 0))
     except QueueFull:
       for stream in streams:
         stream.future.cancel()

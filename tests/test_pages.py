@@ -98,10 +98,12 @@ def test_new_adapters_free_what_the_old_ones_made():
   base, own = held(table, range(9)), held(table, range(9), adapter=1, version=1)
   table.release(base)
   table.release(own)
-  table.forget(2)
+  table.forget(None, 2)
   assert table.num_held == 2
   assert table.acquire(key(range(9))).is_ready
   assert not table.acquire(key(range(9), adapter=1, version=2)).is_ready
+  table.forget(3)
+  assert table.num_held == 4, "all are read"
 
 
 def test_any_course_of_events_keeps_every_page_with_one_owner():

@@ -226,6 +226,24 @@ def test_a_fault_of_the_device_fails_all_that_is_open_and_ends_the_engine():
   assert isinstance(caught.value.__cause__, MemoryError)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_between_two_rows_fails_those_that_have_ended_too():
+  calls = []
+
+  def decode(ids):
+    calls.append(ids)
+    if len(calls) > 4:  # the third row's
+      raise LookupError("no such token")
+    return "x" * len(ids)
+
+  engine = Engine(TINY, PARAMS, **SIZES, decode=decode)
+  asked = [Request((1, 2), seed=s, max_new_tokens=1, stop=("y",)) for s in range(4)]
+  for future in engine.submit_all(asked):
+    with pytest.raises(RuntimeError, match="no such token"):
+      future.result(timeout=WAIT)
+  engine.close()
+
+
 # --- the queue
 
 
@@ -431,6 +449,49 @@ def test_new_adapters_wait_for_the_old_ones_while_the_base_goes_on(engine, alone
   assert order == ["base", "old", "new"]
 
 
+def test_a_row_of_the_base_keeps_its_program_when_an_adapter_is_asked_for():
+  lora = stack_adapters([random_lora(2)])
+  asked = dataclasses.replace(SHORT, adapter=1)
+  with Engine(TINY, PARAMS, **SIZES) as engine:
+    engine.set_adapters(lora)
+    (want,) = engine.generate([LONG])
+    gate = Gate()
+    base = engine.submit(LONG, gate)
+    gate.wait()
+    own = engine.submit(asked)
+    gate.go()
+    assert base.result() == want and own.done(), "they ran beside each other"
+    assert engine.stats()["traces"] == 1
+    # Adapters of another shape are another program: rows of the base end with their own.
+    engine.set_adapters(None)
+    (plain,) = engine.generate([LONG])
+    gate = Gate()
+    base = engine.submit(LONG, gate)
+    gate.wait()
+    engine.set_adapters(lora)
+    other, order = engine.submit(asked), []
+    for name, future in (("other", other), ("base", base)):
+      future.add_done_callback(lambda _, name=name: order.append(name))
+    gate.go()
+    assert other.result() == own.result() and base.result() == plain
+    assert order == ["base", "other"]
+    assert engine.stats()["traces"] == 2
+    assert engine.generate([LONG]) == [want], "with a prompt of this program's own"
+
+
+def test_rows_decode_while_a_long_prompt_is_filled(engine, monkeypatch):
+  monkeypatch.setattr(engine._scheduler, "stall_tokens", 64)
+  gate = Gate()
+  running = engine.submit(LONG, gate)
+  gate.wait()
+  before = len(gate.parts)
+  filled = engine.submit(Request(prompt(250, 70), max_new_tokens=1))
+  gate.go()
+  filled.result()
+  assert len(gate.parts) >= before + 3, "a part for each of the dispatches that it took"
+  running.cancel()
+
+
 def test_a_long_prompt_does_not_hold_up_short_ones(engine, monkeypatch):
   monkeypatch.setattr(engine._scheduler, "stall_tokens", 64)
   gate, order = Gate(), []
@@ -478,6 +539,37 @@ def test_a_callback_that_raises_ends_its_own_request_alone(engine, alone):
   bad, good = engine.submit(LONG, broken), engine.submit(SHORT)
   assert isinstance(bad.exception(timeout=WAIT), OSError)
   assert good.result() == alone[SHORT]
+
+
+def test_a_callback_that_raises_leaves_its_places_in_the_queue(engine, alone, monkeypatch):
+  monkeypatch.setattr(engine._inbox, "_most", 1)
+  gate = Gate()
+
+  def broken(part):
+    gate(part)
+    raise OSError("the client is gone")
+
+  bad = engine.submit(dataclasses.replace(LONG, n=9), broken)  # five of them wait
+  gate.wait()
+  with pytest.raises(QueueFull):
+    engine.submit(SHORT, wait=False)
+  (late,) = engine.submit_all([SHORT])
+  gate.go()
+  assert late.result(timeout=WAIT) == alone[SHORT]
+  assert isinstance(bad.exception(timeout=WAIT), OSError)
+
+
+def test_requests_of_one_call_stand_in_line_behind_its_first(engine, alone, monkeypatch):
+  monkeypatch.setattr(engine._inbox, "_most", 3)
+  gate = Gate()
+  holder = engine.submit(dataclasses.replace(LONG, n=4), gate)
+  gate.wait()
+  futures = engine.submit_all([SHORT] * 9, wait=False)
+  with pytest.raises(QueueFull):
+    engine.submit_all([SHORT] * 2, wait=False)
+  gate.go()
+  assert [future.result(timeout=WAIT) for future in futures] == [alone[SHORT]] * 9
+  holder.cancel()
 
 
 def test_a_stream_in_asyncio_and_what_leaving_it_does(engine, alone):

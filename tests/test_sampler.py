@@ -415,7 +415,8 @@ def test_new_adapter_values_reach_later_requests_without_recompiling(engine):
 
 
 @pytest.mark.parametrize(
-  "fields", [{"top_k": 2**40}, {"temperature": 1e-40}, {"temperature": 1e300}]
+  "fields",
+  [{"top_k": 2**40}, {"temperature": 1e-40}, {"temperature": 1e300}, {"temperature": 10**400}],
 )
 def test_extreme_settings_are_drawn_from_and_harm_no_later_request(engine, fields):
   request = Request(prompt(5, 13), seed=3, max_new_tokens=8, **fields)
@@ -460,12 +461,36 @@ def test_a_request_that_the_model_cannot_serve_is_an_error_of_its_caller(engine,
     {"min_p": float("nan")},
     {"max_new_tokens": 0},
     {"stop_ids": tuple(range(9))},
+    {"stop_ids": ("a",)},
+    {"stop": "abc"},
+    {"n": 2.0},
+    {"seed": 5.0},
+    {"prompt_ids": (1, 2.5)},
   ],
 )
 def test_settings_out_of_range_are_refused(fields):
   (name,) = fields
   with pytest.raises(ValueError, match=name):
-    Request((1,), **fields)
+    Request(**{"prompt_ids": (1,), **fields})
+
+
+def test_lists_and_numbers_of_other_libraries_are_taken(engine):
+  plain = Request((1, 2, 3), n=2, seed=7, max_new_tokens=4, stop_ids=(5,))
+  other = Request(
+    np.arange(1, 4), n=np.int64(2), seed=np.uint8(7), max_new_tokens=np.int32(4), stop_ids=[5],
+    stop=[],
+  )  # fmt: skip
+  assert other == plain and hash(other) == hash(plain)
+  assert engine.generate([other]) == engine.generate([plain])
+
+
+def test_a_request_that_cannot_be_sampled_takes_the_others_of_its_call_with_it(engine):
+  before = engine.stats()
+  with pytest.raises(ValueError, match="prompt_ids"):
+    engine.generate([*(Request((1,), seed=s, max_new_tokens=200) for s in range(5)), Request((V,))])
+  assert len(run(engine, (1, 2), max_new_tokens=2)[0].token_ids) == 2
+  after = engine.stats()
+  assert after["tokens"] == before["tokens"] + 2 and after["cancelled"] == before["cancelled"] + 5
 
 
 def test_close_ends_the_thread_and_fails_what_is_open(params):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +23,8 @@ from awf.qwen.hf import fingerprint, load_config
 from awf.qwen.lora import LoRAConfig, init_lora
 from awf.qwen.peft import save_adapter
 from awf.sampler.remote import RemoteLLM
-from awf.types import SamplingParams
+from awf.serve import _bind
+from awf.types import SamplingParams, UserError
 
 KEY, ORIGIN = "a-token", "https://app.example"
 CHAT = [{"role": "user", "content": "Tom has 3 apples and buys 4 more. How many apples has he?"}]
@@ -334,6 +336,31 @@ def test_a_full_queue_is_429(client, http):
   assert caught.value.code == "queue_full" and caught.value.response.headers["retry-after"] == "1"
   wait_until(http, lambda x: x["running"] == x["waiting"] == 0)
   assert chat(client).choices
+
+
+def test_many_prompts_of_one_call_stand_in_line(client):
+  """12 x 8 completions where 80 may wait: the first prompt has a place, the others follow it."""
+  prompts = [f"{i} apples and" for i in range(12)]
+  made = client.completions.create(
+    model="nano", prompt=prompts, n=8, max_tokens=2, temperature=1, seed=3
+  )
+  assert len(made.choices) == 96
+  stream = client.completions.create(
+    model="nano", prompt=prompts, n=8, max_tokens=2, temperature=1, seed=3, stream=True
+  )
+  texts = [""] * 96
+  for chunk in stream:
+    for choice in chunk.choices:
+      texts[choice.index] += choice.text
+  assert texts == [choice.text for choice in made.choices]
+
+
+def test_a_port_that_somebody_has_is_refused_before_a_model_is_loaded():
+  with _bind("127.0.0.1", 0) as bound:
+    port = bound.getsockname()[1]
+    socket.create_connection(("127.0.0.1", port), timeout=60).close()  # it listens
+    with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}.*another port"):
+      _bind("127.0.0.1", port)
 
 
 def test_our_own_remote_client_reads_it(server, client):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from concurrent.futures import Future
 
 import jax
@@ -23,6 +23,7 @@ from awf.sampler.decode import Shapes
 from awf.sampler.device import Device
 from awf.sampler.inbox import Inbox
 from awf.sampler.job import Job
+from awf.sampler.pages import BASE, Version
 from awf.sampler.request import OnPart, Output, Part, QueueFull, Request
 from awf.sampler.scheduler import Scheduler
 from awf.sampler.stream import PartStream
@@ -101,6 +102,12 @@ def make_shapes(
   )  # fmt: skip
 
 
+def _form(tree) -> Hashable:
+  """What a program is compiled for: structure of a tree, shapes and types of its leaves."""
+  leaves, structure = jax.tree.flatten(tree)
+  return structure, tuple((x.shape, str(x.dtype)) for x in leaves)
+
+
 class Engine:
   """Samples completions for requests from any thread; see the module's docstring."""
 
@@ -163,8 +170,10 @@ class Engine:
     self.device = Device(config, params, self.shapes, strict, mesh)
     self._mesh, self._decode = mesh, decode
     self._scheduler = Scheduler(self.shapes, context, decode, not strict)
-    self._adapters: dict[int, object] = {0: None}  # by version
-    self._version = 0
+    self._version = BASE
+    self._adapters: dict[Version, object] = {self._version: None}
+    self._programs: dict[Hashable, int] = {_form(None): self._version.program}
+    self._open: dict[Job, None] = {}  # those that the thread has fetched and not ended
     self._inbox = Inbox(queue)
     self._error: BaseException | None = None
     self._counts = dict.fromkeys(COUNTS, 0)
@@ -185,8 +194,10 @@ class Engine:
       stacked_lora: LoRA tree with leaves [A, in, R] and [A, R, out], alpha / rank folded into `b`.
     """
     with self._inbox.lock:
-      self._version += 1
-      self._adapters[self._version] = stacked_lora
+      program = self._programs.setdefault(_form(stacked_lora), len(self._programs))
+      version = Version(self._version.number + 1, program)
+      self._adapters[version] = stacked_lora
+      self._version = version  # the engine's thread may look at any time
 
   def submit(
     self, request: Request, on_part: OnPart | None = None, wait: bool = True
@@ -216,6 +227,33 @@ class Engine:
       raise
     return job.future
 
+  def submit_all(
+    self, requests: Iterable[Request], wait: bool = True
+  ) -> list[Future[list[Output]]]:
+    """Queues requests that the engine sees all at once, without blocking.
+
+    Args:
+      requests: what to sample; all of them or none are queued.
+      wait: they stand in line when the queue has no place. Else the first of them needs one; the
+        others stand in line behind it, before whoever comes later.
+
+    Returns:
+      Their futures, as `submit`.
+
+    Raises:
+      As `submit`.
+    """
+    requests, futures = list(requests), []
+    try:
+      with self._inbox.lock:
+        for request in requests:
+          futures.append(self._put(request, wait=wait or bool(futures)).future)
+    except BaseException:  # one cannot be sampled, or Ctrl-C: nobody will ask for the others
+      for future in futures:
+        future.cancel()
+      raise
+    return futures
+
   async def asubmit(self, request: Request, on_part: OnPart | None = None) -> list[Output]:
     """`submit` and its result for asyncio callers; a cancelled caller cancels the request."""
     return await asyncio.wrap_future(self._put(request, on_part).future)
@@ -233,8 +271,7 @@ class Engine:
 
   def generate(self, requests: Iterable[Request]) -> list[list[Output]]:
     """Runs requests together and waits for all; results in their order."""
-    with self._inbox.lock:  # the engine sees all of them at once
-      futures = [self._put(request).future for request in requests]
+    futures = self.submit_all(requests)
     try:
       return [future.result() for future in futures]
     finally:
@@ -303,7 +340,8 @@ class Engine:
     That is ids outside the vocabulary, an adapter that is not set, more tokens than a row holds,
     stop strings without an engine's `decode`.
     """
-    lora = self._adapters[self._version]
+    with self._inbox.lock:
+      lora = self._adapters[self._version]
     count = 0 if lora is None else jax.tree.leaves(lora)[0].shape[0]
     if not 0 <= request.adapter <= count:
       raise ValueError(f"adapter: expected 0 (base) to {count}, got {request.adapter}")
@@ -334,15 +372,17 @@ class Engine:
   def _turn(self) -> bool:
     """One dispatch, or a wait for work; False when closed."""
     scheduler = self._scheduler
+    self._inbox.settle(scheduler.waiting.count)  # one that failed has left its places
     news = self._inbox.fetch(scheduler.has_work)
     if news is None:
       return False
     new, gone = news
     for job in new:
+      self._open[job] = None
       scheduler.waiting.add(job)
     for job in gone:
       self._drop(job)
-    work = scheduler.plan()
+    work = scheduler.plan(self._version)
     self._inbox.settle(scheduler.waiting.count)
     self._drop_old_adapters()
     if work is None:
@@ -355,19 +395,28 @@ class Engine:
           job.tell(part)
       except Exception as error:  # the caller's own code, whatever it raises: ends its own request
         scheduler.drop(job)
-        job.fail(error)
+        self._end(job, error)
     for job in done:
       if not (job.is_ended or job.future.cancelled()):  # counted before the caller can look
         self._counts["completions"] += job.request.n
         self._counts["prompt_tokens"] += len(job.request.prompt_ids)
         self._counts["tokens"] += sum(len(x.token_ids) for x in job.outputs.values())
-      job.answer()
+      self._end(job)
     return True
+
+  def _end(self, job: Job, error: Exception | None = None) -> None:
+    """Answers a job, or tells its caller why it is not answered."""
+    if error is None:
+      job.answer()
+    else:
+      job.fail(error)
+    self._open.pop(job, None)
 
   def _drop(self, job: Job) -> None:
     """Frees what a request holds whose caller has gone."""
     self._scheduler.drop(job)
     job.call_off()
+    self._open.pop(job, None)
     self._counts["cancelled"] += 1
 
   def _drop_old_adapters(self) -> None:
@@ -375,10 +424,10 @@ class Engine:
     with self._inbox.lock:
       if len(self._adapters) <= 2:
         return
-      used = {job.version for job in [*self._inbox.jobs(), *self._scheduler.jobs()]}
+      used = {job.version for job in [*self._inbox.jobs(), *self._open]}
       used |= {self._version, self._scheduler.version}
       self._adapters = {v: lora for v, lora in self._adapters.items() if v in used}
 
   def _fail_all(self, error: Exception) -> None:
-    for job in [*self._inbox.close(), *self._scheduler.jobs()]:
+    for job in [*self._inbox.close(), *self._open]:
       job.fail(error)

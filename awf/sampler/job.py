@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
-from awf.sampler.pages import Prompt, PromptKey
+from awf.sampler.pages import Prompt, PromptKey, Version
 from awf.sampler.request import FinishReason, OnPart, Output, Part, Request, Top
 from awf.sampler.text import Decode, TextStream
 
@@ -24,7 +24,7 @@ class Job:
 
   request: Request
   future: Future[list[Output]]
-  version: int | None  # of the adapters it must run with; None: base rows run with any
+  version: Version | None  # of the adapters it must run with; None: base rows run with any
   on_part: OnPart | None = None
   outputs: dict[int, Output] = dataclasses.field(default_factory=dict)  # by sample
   started: int = 0  # completions that have, or had, a row
@@ -208,6 +208,6 @@ class Waiting:
         break  # nobody younger any more
     yield from heavy
 
-  def next_version(self) -> int | None:
+  def next_version(self) -> Version | None:
     """The adapters that come next: those of the oldest job that has any."""
     return next((job.version for job in self._jobs if job.version is not None), None)

@@ -12,8 +12,18 @@ import collections
 import dataclasses
 from typing import NamedTuple
 
-PromptKey = tuple[tuple[int, ...], int, int | None]  # prompt ids, adapter, version
-_Root = tuple[int, int | None]  # adapter, version
+
+class Version(NamedTuple):
+  """Adapters that rows run with and prompts are prefilled with."""
+
+  number: int = 0  # in the order in which they were set; 0 is none
+  program: int = 0  # equal where the adapters' shapes are: one compiled program serves both
+
+
+BASE = Version()  # no adapters
+
+PromptKey = tuple[tuple[int, ...], int, Version | None]  # prompt ids, adapter, its version
+_Root = tuple[int, Version | None]
 
 
 class _Name(NamedTuple):
@@ -125,9 +135,13 @@ class PageTable:
       for index in prompt.pages:
         self._by_index[index].readers -= 1
 
-  def forget(self, version: int | None) -> None:
-    """Frees the pages that adapters of other versions made; those still read go later."""
-    for page in [p for p in self._pages.values() if p.name.root[1] not in (None, version)]:
+  def forget(self, *kept: Version | None) -> None:
+    """Frees the pages that adapters of other versions made; those still read go later.
+
+    Args:
+      kept: versions whose pages stay; None is the base's.
+    """
+    for page in [p for p in self._pages.values() if p.name.root[1] not in kept]:
       if not page.readers:
         self._evict(page)
 

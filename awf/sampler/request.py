@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -29,6 +30,14 @@ def is_json(value: Any, kind: type) -> bool:
 
 class QueueFull(RuntimeError):
   """The engine's queue has no place now, and the caller would not wait."""
+
+
+def _whole(name: str, value: Any) -> int:
+  """A field's whole number, of whatever type, as an int."""
+  try:
+    return operator.index(value)
+  except TypeError:
+    raise ValueError(f"{name}: expected whole numbers, got {value!r}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +70,19 @@ class Request:
   ignore_eos: bool = False  # benchmarks: neither id nor text stops the row
 
   def __post_init__(self) -> None:
+    for name in ("prompt_ids", "stop_ids"):
+      ids = tuple(_whole(name, x) for x in getattr(self, name))
+      object.__setattr__(self, name, ids)
+    for name in ("n", "seed", "top_k", "max_new_tokens", "top_logprobs", "adapter"):
+      object.__setattr__(self, name, _whole(name, getattr(self, name)))
+    if isinstance(self.stop, str):
+      raise ValueError(f"stop: expected a tuple of texts, got the text {self.stop!r}")
+    object.__setattr__(self, "stop", tuple(self.stop))
     if self.n < 1:
       raise ValueError(f"n: expected at least 1 completion, got {self.n}")
     if not 0 <= self.seed < 2**63:
       raise ValueError(f"seed: expected an integer in [0, 2**63), got {self.seed}")
-    if not (math.isfinite(self.temperature) and self.temperature >= 0):
+    if not 0 <= self.temperature < math.inf:
       raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
     if not 0 < self.top_p <= 1:
       raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")

@@ -23,7 +23,7 @@ from awf.sampler.decode import (
   unpack,
 )
 from awf.sampler.job import Job, Sequence, Waiting
-from awf.sampler.pages import PageTable, Prompt
+from awf.sampler.pages import BASE, PageTable, Prompt, Version
 from awf.sampler.request import MAX_STOP_IDS, FinishReason, Part
 from awf.sampler.text import Decode
 
@@ -50,7 +50,7 @@ class Scheduler:
     self.rows: list[Sequence | None] = [None] * shapes.rows
     self.pages = PageTable(shapes.pages, shapes.page)
     self.unready: collections.deque[Prompt] = collections.deque()  # in order of admission
-    self.version = 0  # of the adapters that running rows use
+    self.version = BASE  # of the adapters that running rows use
     self.stall_tokens = shapes.stall  # most prompt tokens of a dispatch in which rows decode
     self.prompt_hits = self.prompt_misses = self.prefill_tokens = self.reused_tokens = 0
     self.row_steps = 0  # tokens drawn, those behind a stop string too
@@ -69,10 +69,6 @@ class Scheduler:
   def has_work(self) -> bool:
     return bool(self.waiting or self.num_running or self.unready)
 
-  def jobs(self) -> list[Job]:
-    """All that are not answered yet, each once."""
-    return list(dict.fromkeys([*self.waiting, *(s.job for s in self.rows if s is not None)]))
-
   def drop(self, job: Job) -> None:
     """Forgets a job: its rows and pages are free; a dispatch is not under way."""
     self.waiting.remove(job)
@@ -83,10 +79,17 @@ class Scheduler:
       if prompt.readers == 1 and self.pages.abandon(prompt):
         self.unready.remove(prompt)
 
-  def plan(self) -> Work[np.ndarray] | None:
-    """Admits what fits and lists the device's work; None when there is nothing to do."""
+  def plan(self, newest: Version = BASE) -> Work[np.ndarray] | None:
+    """Admits what fits and lists the device's work; None when there is nothing to do.
+
+    Args:
+      newest: adapters set last. Rows of the base run with their program before anyone asks for
+        them, so that a row does not change its program when somebody does.
+    """
     work = empty_work(self.shapes)
     is_decoding = bool(np.any(self.table_BX[:, COLUMN["status"]] == RUNNING))
+    if self.waiting.next_version() is None:
+      self._take_over(newest)
     self._admit_all()
     if not (self.num_running or self.unready):
       return None
@@ -97,18 +100,20 @@ class Scheduler:
         self.table_BX[row, COLUMN["status"]] = RUNNING
     groups, lone = self._list_groups(work, slots)
     work.table_BX = self.table_BX
-    work.counts_5[:] = (calls, groups, lone, *self._decode_budget(calls > 0))
+    may_fill = calls > 0 and not is_decoding
+    work.counts_5[:] = (calls, groups, lone, *self._decode_budget(may_fill))
     return work
 
-  def _decode_budget(self, is_filling: bool) -> tuple[int, int]:
+  def _decode_budget(self, may_fill: bool) -> tuple[int, int]:
     """(decode steps, finished rows that end them early): short turns while rows stand empty.
 
-    A turn that filled nothing always decodes: what is waiting may need running rows to end.
+    Args:
+      may_fill: prompts are filled in this turn, and nobody would wait for it who decoded before.
     """
     rows = self.shapes.rows
     running = int(np.sum(self.table_BX[:, COLUMN["status"]] == RUNNING))
     is_short = bool(self.waiting or self.unready)
-    if is_short and is_filling and running < rows // 2:
+    if is_short and may_fill and running < rows // 2:
       return 0, rows + 1  # prompts of one dispatch are limited; fill the rows first
     steps = self.shapes.steps if running > rows // 2 else max(1, self.shapes.steps // 4)
     return steps, max(1, rows // 8) if is_short else rows + 1
@@ -148,15 +153,22 @@ class Scheduler:
     return True
 
   def _fits_adapters(self, job: Job) -> bool:
-    """Rows with other adapters' weights must end before the first row with new ones starts."""
     if job.version is None or job.version == self.version:
       return True
-    if any(s is not None and s.job.version is not None for s in self.rows):
+    return self.waiting.next_version() == job.version and self._take_over(job.version)
+
+  def _take_over(self, version: Version) -> bool:
+    """Lets rows run with other adapters, unless those that run need the ones that are there.
+
+    Rows of the base do not, but for another program, in whose last digits they may differ.
+    """
+    if version == self.version:
+      return True
+    is_alike = version.program == self.version.program
+    if any(s is not None and (s.job.version is not None or not is_alike) for s in self.rows):
       return False
-    if self.waiting.next_version() != job.version:
-      return False
-    self.version = job.version
-    self.pages.forget(job.version)
+    self.version = version
+    self.pages.forget(*([None] if is_alike else []), version)
     return True
 
   def _choose_row(self, job: Job) -> int | None:

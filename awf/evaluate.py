@@ -291,9 +291,9 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def chain_of_thought(question_type: str) -> WorkflowSource:
   """One call that is told to think step by step."""
-  operator, signature, call = _steps(question_type)
+  operator, signature, call, field = _steps(question_type)
   body = f"""        solution = await self.solve({call})
-        return solution['response'], {_USAGE}"""
+        return solution['{field}'], {_USAGE}"""
   return WorkflowSource(_graph(operator, signature, "", body), STEPS_PROMPT)
 
 
@@ -304,24 +304,26 @@ def self_consistency(question_type: str, votes: int) -> WorkflowSource | Vote:
   """
   if question_type != "code":
     return Vote(chain_of_thought(question_type), votes)
-  operator, signature, call = _steps(question_type)
+  operator, signature, call, field = _steps(question_type)
   more = "        self.sc_ensemble = operator.ScEnsemble(self.llm)\n"
   body = f"""        solutions = []
         for _ in range({votes}):
             solution = await self.solve({call})
-            solutions.append(solution['response'])
+            solutions.append(solution['{field}'])
         solution = await self.sc_ensemble(solutions=solutions, problem=problem)
         return solution['response'], {_USAGE}"""
   return WorkflowSource(_graph(operator, signature, more, body), STEPS_PROMPT)
 
 
-def _steps(question_type: str) -> tuple[str, str, str]:
-  """Operator that answers, signature of __call__, arguments of the operator's call."""
+def _steps(question_type: str) -> tuple[str, str, str, str]:
+  """Operator that answers, signature of __call__, arguments and field of the operator's call."""
+  if question_type == "qa":  # graded word by word: the answer comes without its steps
+    return "AnswerGenerate", "problem: str", "input=problem", "answer"
   steps = "instruction=prompt_custom.STEPS_PROMPT"
   if question_type == "code":
     call = f"problem=problem, entry_point=entry_point, {steps}"
-    return "CustomCodeGenerate", "problem: str, entry_point: str", call
-  return "Custom", "problem: str", f"input=problem, {steps}"
+    return "CustomCodeGenerate", "problem: str, entry_point: str", call, "response"
+  return "Custom", "problem: str", f"input=problem, {steps}", "response"
 
 
 def _graph(operator: str, signature: str, more: str, body: str) -> str:

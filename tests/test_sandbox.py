@@ -53,7 +53,8 @@ async def echo(method, params):
 def test_probe_says_what_holds(box):
   report = box.probe
   assert report.strong and not report.missing
-  assert report.attempts["file_read"].startswith("refused")
+  for name in ("file_read", "file_write", "file_truncate"):
+    assert report.attempts[name].startswith("refused")
   assert report.attempts["own_directory"] == "possible"
   assert "\n" not in report.summary()
   assert report.layers["seccomp"]
@@ -139,6 +140,20 @@ def test_run_tests_with_helpers_of_the_prompt(box):
     "entry_point": "double",
   }
   assert box.run_sync(Job("awf.sandbox.program:run_tests", payload)).value["passed"] is True
+
+
+def test_a_solution_sees_its_scope_and_not_what_the_tests_see(box):
+  payload = {
+    "scope": "import math\nfrom typing import List\ndef helper(x):\n  return x * 2\n",
+    "prelude": "expected = 9",
+    "solution": "from __future__ import annotations\ndef f(x: List[int]) -> int:\n"
+    "  return math.prod(map(helper, x)) + ('expected' in globals())",
+    "tests": "assert f([1, 2]) == 8",
+    "entry_point": "f",
+  }
+  entry = "awf.sandbox.program:run_tests"
+  assert box.run_sync(Job(entry, payload)).value == {"passed": True, "error": ""}
+  assert box.run_sync(Job(entry, {**payload, "scope": ""})).value["passed"] is False
 
 
 def test_run_tests_reports_the_solutions_own_failure(box):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from awf.sandbox import Job, Limits, Sandbox, SandboxConfig
+from awf.sandbox import Job, Limits, Sandbox, SandboxConfig, jail, syscalls
 
 LIMITS = Limits(cpu_seconds=1.0, wall_seconds=2.0, memory_mb=128, max_calls=20)
 
@@ -409,7 +409,7 @@ SYSTEM_CALLS = """
   personality 135 92  shmget 29 194  inotify_init1 294 26  name_to_handle_at 303 264
   open_by_handle_at 304 265  tkill 200 130  rt_sigqueueinfo 129 138  sched_setaffinity 203 122
   setpriority 141 140  capset 126 91  symlink 88 -  symlinkat 266 36  link 86 -  linkat 265 37
-  mknodat 259 33  chmod 90 -  landlock_create_ruleset 444 444  seccomp 317 277
+  mknodat 259 33  chmod 90 -  utimensat 280 88  landlock_create_ruleset 444 444  seccomp 317 277
 """.split()
 
 
@@ -435,6 +435,28 @@ def test_system_calls_are_refused(box):
   outcome = run_raw(box, source, numbers=numbers, clone={1: 56, 2: 220}[column]).value
   assert outcome.pop("clone3") == [-1, 38]
   assert {name: code for name, code in outcome.items() if code != [-1, 1]} == {}
+
+
+@pytest.mark.parametrize(("abi", "used"), [(-1, 0), (1, 0), (2, 0), (3, 3), (7, 7)])
+def test_a_landlock_that_lets_files_be_emptied_is_none(monkeypatch, abi, used):
+  """Before ABI 3, Linux 6.2, it ignores truncate and O_TRUNC."""
+  real, paths = jail._call, []
+
+  def call(name, *args):
+    is_question = args[0] == syscalls.LANDLOCK_CREATE and args[-1] == 1
+    return abi if name == "syscall" and is_question else real(name, *args)
+
+  def program(machine, mark, with_paths):
+    paths.append(with_paths)
+    return b""
+
+  monkeypatch.setattr(jail, "_call", call)
+  monkeypatch.setattr(jail, "_leave_namespaces", lambda: ())
+  monkeypatch.setattr(syscalls, "seccomp_program", program)
+  plan = jail.make_plan()
+  for descriptor in plan.read_only:
+    os.close(descriptor)
+  assert plan.landlock_abi == used and paths == [used > 0]
 
 
 FORGE = """

@@ -717,6 +717,26 @@ if SHARED.is_dir():  # public benchmark data beside the checkout
 
     assert [g.correct for g in asyncio.run(run())] == [True] * 5 + [False] * 5
 
+  def test_a_humaneval_solution_need_not_repeat_what_the_prompt_imports_and_defines(sandbox):
+    path = SHARED / "humaneval" / "HumanEval.jsonl"
+    task = HumanEvalEvaluator(TaskConfig("humaneval", path=str(path)), sandbox)
+    problems, responses = [], []
+    for row in map(json.loads, path.read_text().splitlines()):
+      start = row["prompt"].index(f"def {row['entry_point']}(")
+      if row["prompt"][:start].strip():  # all but the function itself
+        problems.append(task.to_problem(row, 0))
+        alone = row["prompt"][start:] + row["canonical_solution"]
+        responses.append(f"Here it is:\n```python\n{alone}\n```")
+    assert len(problems) > 20
+
+    async def run():
+      pairs = zip(problems, responses, strict=True)
+      return await asyncio.gather(*(task.grade(*pair) for pair in pairs))
+
+    assert [g.reason for g in asyncio.run(run()) if not g.correct] == []
+    (zero,) = [p for p in problems if p.entry_point == "find_zero"]
+    assert zero.public_tests[0] == "assert round(find_zero([1, 2]), 2) == -0.5"
+
 
 # ---- evaluator ----
 

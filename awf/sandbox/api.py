@@ -165,11 +165,16 @@ class Sandbox:
     _log.debug("%s", self.probe.summary())
 
   def _probe(self, hello: dict[str, Any]) -> ProbeReport:
+    kept = os.path.join(self._pool.root, "kept")
+    with open(kept, "w") as file:
+      file.write("x")
     payload = {
       "read": [os.path.realpath(__file__), "/etc/passwd", "/proc/self/status"],
       "write": os.path.join(self._pool.root, "probe"),
+      "truncate": kept,
     }
     result = self.run_sync(Job("awf.sandbox.probe:attempts", payload, limits=Limits(max_calls=0)))
+    os.unlink(kept)
     if result.failure is not None and result.failure.kind == "infrastructure":
       raise UserError(
         f"the sandbox cannot start a job on this host: {result.failure.message}; set "
@@ -183,7 +188,7 @@ class Sandbox:
 
     Args:
       job: what to run. The entry "awf.sandbox.program:run_tests" takes a payload {"solution",
-        "tests", "entry_point", optional "prelude"} and is spread over two jobs, see
+        "tests", "entry_point", optional "prelude", "scope"} and is spread over two jobs, see
         `awf.sandbox.grading`.
       handler: answers the job's calls. It may raise `CallError`, which the job sees; any other
         exception ends the job as an infrastructure failure. Without a handler calls are refused. A

@@ -76,14 +76,15 @@ async def run_tests(start_tests: Start, start_solution: Start, payload: dict[str
   Args:
     start_tests: runs a job for an entry, a payload and a handler, in the layer of tests.
     start_solution: likewise, in the layer of leaves.
-    payload: "solution", "tests", "entry_point", optional "prelude".
+    payload: "solution", "tests", "entry_point", optional "prelude" (trusted source that the tests
+      see) and "scope" (that the solution sees).
 
   Returns:
     The JobResult of the tests; with the failure of the solution's job when that ended before the
     tests did.
   """
   source = {"source": payload["solution"], "function": payload["entry_point"]}
-  solution = _Solution(start_solution, source)
+  solution = _Solution(start_solution, {**source, "scope": payload.get("scope", "")})
 
   async def candidate(method: str, request: Any) -> Any:
     if method != "candidate" or type(request) is not list or len(request) != 2:
@@ -93,7 +94,7 @@ async def run_tests(start_tests: Start, start_solution: Start, payload: dict[str
       raise CallError("policy", "the solution's job forged an answer")
     return answer
 
-  tests = {key: value for key, value in payload.items() if key != "solution"}
+  tests = {key: value for key, value in payload.items() if key not in ("solution", "scope")}
   ended = None
   try:
     result = await start_tests("awf.sandbox.program:run_tests", tests, candidate)

@@ -37,8 +37,9 @@ _LANDLOCK_READ = (1 << 2) | (1 << 3)  # READ_FILE, READ_DIR
 _LANDLOCK_WRITE = (
   (1 << 1) | (1 << 4) | (1 << 5) | (1 << 7) | (1 << 8)
 )  # write, remove, make dir, make file
-_LANDLOCK_HANDLED = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 _LANDLOCK_TRUNCATE = 1 << 14
+_LANDLOCK_HANDLED = {3: (1 << 15) - 1, 5: (1 << 16) - 1}
+_LANDLOCK_NEEDED = 3  # Linux 6.2; before it nothing refuses to empty a file whose path is known
 _PID_MARK = 0x7A5C3E91  # above any process id
 
 
@@ -52,7 +53,7 @@ class JailPlan:
 
   Attributes:
     machine: seccomp table in use, "" where there is none.
-    landlock_abi: 0 where Landlock is missing.
+    landlock_abi: 0 where Landlock is missing, or too old to be of use.
     namespaces: names of the namespaces that the zygote was able to leave.
     private_tmp: each child can mount a private, size-limited tmpfs as its directory.
     drops_uid: the zygote is root and children get a user id of their own.
@@ -103,7 +104,8 @@ def make_plan() -> JailPlan:
   machine = platform.machine()
   if machine in syscalls.ARCHITECTURES and _has_seccomp(machine):
     plan.machine = machine
-  plan.landlock_abi = max(0, _call("syscall", syscalls.LANDLOCK_CREATE, None, 0, 1))
+  abi = _call("syscall", syscalls.LANDLOCK_CREATE, None, 0, 1)
+  plan.landlock_abi = abi if abi >= _LANDLOCK_NEEDED else 0
   plan.namespaces = _leave_namespaces()
   if plan.landlock_abi:
     plan.read_only = _open_read_only()
@@ -285,7 +287,7 @@ def _landlock(plan: JailPlan, scratch: int) -> None:
     attributes += struct.pack("<Q", 0b11)  # abstract Unix sockets and signals stay inside
   ruleset = _call("syscall", syscalls.LANDLOCK_CREATE, attributes, len(attributes), 0)
   _require(ruleset >= 0, "landlock ruleset")
-  writable = _LANDLOCK_READ | _LANDLOCK_WRITE | (_LANDLOCK_TRUNCATE if abi >= 3 else 0)
+  writable = _LANDLOCK_READ | _LANDLOCK_WRITE | _LANDLOCK_TRUNCATE
   rules = [(fd, _LANDLOCK_READ) for fd in plan.read_only] + [(scratch, writable)]
   for descriptor, access in rules:
     rule = struct.pack("<Qi", access, descriptor)

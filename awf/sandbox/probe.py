@@ -14,6 +14,7 @@ from typing import Any
 NEEDED = {
   "file_read": "reading files outside the job's directory",
   "file_write": "writing outside the job's directory",
+  "file_truncate": "emptying files outside the job's directory",
   "fork": "starting processes",
   "exec": "running other programs",
   "network": "opening sockets",
@@ -61,6 +62,7 @@ def attempts(payload: dict[str, Any], call: Any) -> dict[str, str]:
   tries: dict[str, Callable[[], str]] = {
     "file_read": lambda: _read(payload["read"]),
     "file_write": lambda: _write(payload["write"]),
+    "file_truncate": lambda: _truncate(payload["truncate"]),
     "fork": _fork,
     "exec": _exec,
     "network": _network,
@@ -96,6 +98,11 @@ def _write(path: str) -> str:
   with open(path, "w") as file:
     file.write("x")
   os.unlink(path)
+  return "possible"
+
+
+def _truncate(path: str) -> str:
+  os.truncate(path, 0)
   return "possible"
 
 

@@ -127,7 +127,6 @@ PATHS = {
   "renameat": (264, 38),
   "renameat2": (316, 276),
   "truncate": (76, 45),
-  "utimensat": (280, 88),
 }
 
 CLONE = (56, 220)

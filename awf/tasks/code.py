@@ -15,6 +15,10 @@ from awf.types import Failure, Grade, Problem, UserError, stable_hash
 if TYPE_CHECKING:
   from awf.sandbox import Sandbox
 
+# What AFlow's graders have in scope, for solutions and tests.
+SCOPE = (
+  "import hashlib\nimport math\nimport re\nfrom typing import Any, Dict, List, Optional, Tuple\n"
+)
 MAX_CODE_CHARS = 60_000
 MAX_REASON_CHARS = 80
 _FENCE = re.compile(
@@ -55,7 +59,12 @@ def find_solution(response: str, prompt: str, entry_point: str) -> str:
 
 
 async def judge(
-  sandbox: Sandbox, solution: str, tests: str, entry_point: str, prelude: str = ""
+  sandbox: Sandbox,
+  solution: str,
+  tests: str,
+  entry_point: str,
+  prelude: str = "",
+  scope: str = "",
 ) -> Failure | None:
   """Runs tests against a solution in jails of their own.
 
@@ -65,6 +74,7 @@ async def judge(
     tests: source that asserts about `candidate`, or defines `check(candidate)`.
     entry_point: name of the function under test.
     prelude: trusted helpers that the tests use.
+    scope: those that the solution may use.
 
   Returns:
     None when all tests pass, else why not. The message never quotes a test or an expected value;
@@ -77,6 +87,7 @@ async def judge(
     "tests": tests,
     "entry_point": entry_point,
     "prelude": prelude,
+    "scope": scope,
   }
   job = Job("awf.sandbox.program:run_tests", payload, stable_hash("tests", entry_point, tests))
   result = await sandbox.run(job)
@@ -129,7 +140,12 @@ class CodeEvaluator(DatasetEvaluator):
     solution = find_solution(response[-MAX_CODE_CHARS:], start, problem.entry_point)
     hidden = problem.hidden
     failure = await judge(
-      self.sandbox, solution, hidden["test"], problem.entry_point, hidden.get("prelude", "")
+      self.sandbox,
+      solution,
+      hidden["test"],
+      problem.entry_point,
+      hidden.get("prelude", ""),
+      problem.scope,
     )
     shown = solution[:2000]
     if failure is None:

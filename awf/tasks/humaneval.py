@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import doctest
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from awf.tasks.base import id_field, text_field
-from awf.tasks.code import CodeEvaluator
+from awf.tasks.code import SCOPE, CodeEvaluator
 from awf.tasks.download import Source
 from awf.types import Problem
 
@@ -39,6 +40,7 @@ class HumanEvalEvaluator(CodeEvaluator):
       prompt=prompt,
       entry_point=entry_point,
       public_tests=public_tests(prompt, entry_point),
+      scope=SCOPE + _before(prompt, entry_point),
       hidden={
         "test": text_field(row, "test"),
         # Some tests call helpers that the prompt defines beside the function.
@@ -46,6 +48,17 @@ class HumanEvalEvaluator(CodeEvaluator):
         "canonical_solution": reference if isinstance(reference, str) else "",
       },
     )
+
+
+def _before(prompt: str, entry_point: str) -> str:
+  """What a prompt imports and defines before the function: a solution may repeat it or not."""
+  start = re.search(rf"^def\s+{entry_point}\s*\(", prompt, re.MULTILINE)
+  before = prompt[: start.start()] if start else ""
+  try:
+    ast.parse(before)
+  except (SyntaxError, ValueError):
+    return ""
+  return before
 
 
 def public_tests(prompt: str, entry_point: str) -> tuple[str, ...]:
@@ -65,6 +78,7 @@ def public_tests(prompt: str, entry_point: str) -> tuple[str, ...]:
     for example in examples:
       call, expected = example.source.strip(), example.want.strip()
       if f"{entry_point}(" in call and _is_expression(call) and _is_literal(expected):
+        call = ast.unparse(ast.parse(call, mode="eval"))  # a comment would take what follows
         tests.append(f"assert {call} == {expected}")
   return tuple(tests)
 

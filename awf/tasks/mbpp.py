@@ -8,16 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from awf.tasks.base import id_field, text_field
-from awf.tasks.code import CodeEvaluator
+from awf.tasks.code import SCOPE, CodeEvaluator
 from awf.tasks.download import Source
 from awf.types import Problem
 
 _HOME = "https://raw.githubusercontent.com/google-research/google-research"
 _COMMIT = "30adf0ec5f35f9609c2f1d896005e184195d9146"
-# What AFlow's grader has in scope for its tests.
-PRELUDE = (
-  "import hashlib\nimport math\nimport re\nfrom typing import Any, Dict, List, Optional, Tuple\n"
-)
 
 
 class MBPPEvaluator(CodeEvaluator):
@@ -50,7 +46,8 @@ class MBPPEvaluator(CodeEvaluator):
       prompt=prompt,
       entry_point=entry_point,
       public_tests=("\n".join([*setup, tests[0]]).strip(),) if tests else (),
-      hidden={"test": test, "prelude": PRELUDE, "canonical_solution": code},
+      scope=SCOPE,
+      hidden={"test": test, "prelude": SCOPE, "canonical_solution": code},
     )
 
 

@@ -14,6 +14,11 @@ _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE
 _CODE_LINE = re.compile(r"^\s*(?:async\s+)?def\s+\w+\s*\(", re.MULTILINE)
 _FENCE = re.compile(r"```[ \t]*([\w+-]*)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = ("python", "py", "python3")
+_UNIT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
+_SPACING = re.compile(r"\\(?:quad|[ ,;:!$%()\[\]])")
+_BESIDE = re.compile(r"[^\W\d_]*(?:[\s$\u20ac\u00a3%\u00b0.,:='*]+[^\W\d_]*)*")
+SCALES = {"dozen", "hundred", "thousand", "million", "billion", "trillion"}  # they change a number
+FEW_WORDS = 4  # of an answer as QA data sets have it
 MAX_DIGITS = 60
 
 
@@ -61,18 +66,38 @@ def normal_answer(text: str) -> str:
   """The answer that a solution stands for, in a form that equal answers share.
 
   In order: the last `<answer>` tag, the last `\\boxed{}`, the code when the text is code, the last
-  number, else the text in lower case with single blanks. A tag or box with exactly one number in it
-  counts as that number.
+  number, else the text in lower case with single blanks. A tag, a box or a text of a few words that
+  is no equation counts as a number only when it is one, perhaps with a unit or a name: 3 and
+  3\\pi differ, and so do October 1, 1990 and October 3, 1990.
   """
   tagged = _ANSWER.findall(text)
   inner = tagged[-1] if tagged else last_boxed(text)
-  if inner is not None:
-    found = numbers(inner)
-    return found[0] if len(found) == 1 else _plain(inner)
-  if _CODE_LINE.search(text):
+  if inner is None and _CODE_LINE.search(text):
     return "\n".join(line.rstrip() for line in code_of(text).splitlines() if line.strip())
+  if inner is None and _is_short_answer(text):
+    inner = text
+  if inner is not None:
+    return _lone_number(inner) or _plain(inner)
   found = numbers(text)
   return found[-1] if found else _plain(text)
+
+
+def _is_short_answer(text: str) -> bool:
+  return len(text.split()) <= FEW_WORDS and "=" not in text and any(map(str.isalpha, text))
+
+
+def _lone_number(text: str) -> str | None:
+  """The number that a short answer is, units and names beside it left out; None if it is none."""
+  text = _SPACING.sub(" ", _UNIT.sub(r" \1 ", text))
+  found = [m for m in _NUMBER.finditer(text) if _normal_number(m.group()) is not None]
+  if len(found) != 1:
+    return None
+  before, after = text[: found[0].start()], text[found[0].end() :]
+  words = re.findall(r"[^\W\d_]+", (before + " " + after).lower())
+  touches = before[-1:].isalpha() or after[:1].isalpha()
+  if touches or not _BESIDE.fullmatch(before + after) or SCALES & set(words):
+    return None
+  return _normal_number(found[0].group())
 
 
 def _plain(text: str) -> str:

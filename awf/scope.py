@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from awf.progress import Progress
-from awf.search.curriculum import episode_problems
+from awf.search.curriculum import episode_problems, spread
 from awf.search.stages import Trials, gather_all, key_of
 from awf.summary import about_best
 from awf.system import System
@@ -145,9 +145,9 @@ class ProblemScope(DatasetScope):
     source = system.seed_source
     seed = {"graph": source.graph, "prompt": source.prompt, "node": 1, "modification": "seed"}
     trials, rng = Trials(system.runner(), system.task), random.Random(stable_hash("final"))
-    order = rng.sample(system.search_problems, len(system.search_problems))
-    common = order[: config.subset_problems]
-    full = order[: config.full_problems] if config.full_problems else order
+    problems = system.search_problems
+    sizes = config.subset_problems, config.full_problems or len(problems)
+    common, full = (spread(problems, min(size, len(problems)), rng) for size in sizes)
 
     async def ranked(workflows: list[dict[str, Any]], problems: Sequence[Problem]) -> Any:
       sources = [WorkflowSource(w["graph"], w["prompt"]) for w in workflows]

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -406,7 +407,7 @@ def make_executor(name: str) -> LLM | None:
 def hold_out(
   problems: Sequence[Problem], count: int, seed: int
 ) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
-  """Sets `count` problems aside, the same share of each family, by a seeded hash.
+  """Sets `count` problems aside, of each family its share (rounded), by a seeded hash.
 
   Returns:
     (held out, the rest), both in the order of `problems`.
@@ -419,15 +420,13 @@ def hold_out(
       f"config.eval.parent_problems: {count} held-out problems leave none of the "
       f"{len(problems)} validation problems to the search; lower it"
     )
-  families: dict[str, list[Problem]] = {}
-  for p in sorted(problems, key=lambda p: stable_hash(seed, "hold_out", p.id)):
-    families.setdefault(p.family, []).append(p)
-  rows, chosen = [families[f] for f in sorted(families)], set()
-  depth = 0
-  while len(chosen) < count:
-    for row in rows:
-      if depth < len(row) and len(chosen) < count:
-        chosen.add(row[depth].id)
-    depth += 1
+  order = sorted(problems, key=lambda p: (p.family, stable_hash(seed, "hold_out", p.id)))
+  start = stable_hash(seed, "hold_out") % len(order)
+  share = Counter(order[(i * len(order) + start) // count].family for i in range(count))
+  chosen = set()
+  for p in order:
+    if share[p.family] > 0:
+      share[p.family] -= 1
+      chosen.add(p.id)
   held = tuple(p for p in problems if p.id in chosen)
   return held, tuple(p for p in problems if p.id not in chosen)

@@ -157,7 +157,7 @@ def base_config() -> ConfigDict:
       repairs=0,
       logs=3,  # failure log entries shown to the optimiser
       experience=8,  # experience lines shown to the optimiser
-      smoke_problems=1,  # problems of the smoke run; a proposal that fails them all goes no further
+      smoke_problems=1,  # problems of the smoke run; a proposal that breaks on one goes no further
       subset_problems=8,  # common problems of a group, for the reward
       full_problems=0,  # full validation of survivors; 0 = all validation problems
       full_top=4,  # children per round that go on to full validation

@@ -1,5 +1,6 @@
 """When a search ends: rounds, calls, tokens, AFlow's convergence; and which arms it prefers."""
 
+import dataclasses
 import json
 import math
 import random
@@ -75,6 +76,13 @@ def test_rounds_that_add_nothing_move_nothing():
   nodes = [node(1, 0, 0.5, born=1), node(2, 1, 0.6, born=1), node(3, 1, 0.4, born=2)]
   assert search_converged(nodes, 4, 3, 0.0) is None  # the top three still changed in round 2
   assert search_converged(nodes, 6, 3, 0.0) == (3, 5)
+  # One that was made in round 1 and found to be good in round 4, when it was evaluated anew.
+  late = dataclasses.replace(node(4, 1, 0.9, born=1), rated=4)
+  assert search_converged([*nodes, late], 6, 3, 0.0) is None
+  assert search_converged([*nodes, late], 7, 3, 0.0) == (5, 7)
+  # Better ones of a workspace that was taken over: the new rounds move nothing.
+  old = [node(10 + i, 1, 0.95) for i in range(3)]
+  assert search_converged([*nodes, late, *old], 6, 3, 0.0) == (2, 4)
   mixed = Node(1, 0, WorkflowSource("g", ""), "", "", "full", scores={"a": 1.0, "b": 0.0})
   assert standard_error(mixed) == pytest.approx(0.5) and standard_error(nodes[0]) == 0.0
 
@@ -131,7 +139,8 @@ def until_done(search):
     ({"rounds": 2}, 2, "config.search.rounds = 2"),
     ({"max_calls": 1}, 1, "config.search.max_calls = 1: "),
     ({"max_tokens": 1}, 1, "config.search.max_tokens = 1: "),
-    ({"converge_rounds": 4}, 5, "did not change in rounds 2 to 5"),
+    # the second proposal is validated in round 2, when it comes again
+    ({"converge_rounds": 4}, 6, "did not change in rounds 3 to 6"),
     ({"converge_rounds": 0, "rounds": 7}, 7, "config.search.rounds = 7"),
   ],
 )

@@ -218,6 +218,10 @@ def test_held_out_problems_are_balanced_apart_and_seeded():
   assert {p.id for p in held}.isdisjoint(p.id for p in rest) and len(held) + len(rest) == 30
   assert held != hold_out(problems, 6, seed=1)[0]
   assert hold_out(problems, 0, seed=0) == ((), tuple(problems))
+  few = problems[:10] + problems[10:13]  # ten of a, three of b
+  for count in range(1, 13):
+    held = hold_out(few, count, seed=count)[0]
+    assert len(held) == count and abs(sum(p.family == "b" for p in held) - count * 3 / 13) < 1
   with pytest.raises(UserError, match="config.eval.parent_problems"):
     hold_out(problems, 30, seed=0)
 

@@ -151,6 +151,7 @@ class MCTSOptimizer:
       "version": STATE_VERSION,
       "seed": self.seed,
       "problems": self._problems_hash(),
+      "full_problems": self._full_hash(),
       "rounds_done": self.rounds_done,
       "starts_used": self._state.starts_used,
       "events": list(self._state.events),
@@ -162,13 +163,18 @@ class MCTSOptimizer:
     Raises:
       UserError: the state belongs to another version, seed or set of problems.
     """
-    mine = {"version": STATE_VERSION, "seed": self.seed, "problems": self._problems_hash()}
-    names = {"version": "the code's version", "seed": "config.seed", "problems": "config.task"}
-    for field, value in mine.items():
-      if state[field] != value:
+    mine = {
+      "version": (STATE_VERSION, "the code's version"),
+      "seed": (self.seed, "config.seed"),
+      "problems": (self._problems_hash(), "config.task"),
+      "full_problems": (self._full_hash(), "draw of config.search.full_problems"),
+    }
+    for field, (value, name) in mine.items():
+      saved = state.get(field, 0)  # older runs have no `full_problems`
+      if saved != value:
         raise UserError(
-          f"the saved search was made with another {names[field]}: expected {state[field]}, got "
-          f"{value}; change it back or take a new --workdir"
+          f"the saved search was made with another {name}: expected {saved}, got {value}; change "
+          "it back or take a new --workdir"
         )
     events = tuple(dict(event) for event in state["events"])
     counts = int(state["rounds_done"]), int(state["starts_used"])
@@ -180,6 +186,10 @@ class MCTSOptimizer:
 
   def _problems_hash(self) -> int:
     return stable_hash([[p.id, p.prompt] for p in self.problems])
+
+  def _full_hash(self) -> int:
+    """0 where all problems are those of the full validation."""
+    return stable_hash([p.id for p in self._full]) if len(self._full) < len(self.problems) else 0
 
   def _rng(self, *what: Any) -> random.Random:
     return random.Random(stable_hash(self.seed, *what))

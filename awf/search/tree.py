@@ -42,6 +42,7 @@ class Node:
   tokens: tuple[int, int] = (0, 0)  # prompt and generated tokens of that evaluation
   before: float = math.nan  # the parent's score at selection
   born: int = 0  # search round that made it
+  rated: int = 0  # later round that evaluated it anew; 0: none did
   duplicate_of: int = NO_NODE  # an earlier node with the same canonical text
   log: tuple[LogEntry, ...] = ()
   visits: int = 0  # own evaluation and those of all descendants
@@ -142,7 +143,9 @@ class Tree:
     node = self.nodes[event["id"]]
     log = tuple(LogEntry(**entry) for entry in event["log"])
     scores, tokens = dict(event["scores"]), tuple(event.get("tokens", (0, 0)))
-    fresh = dataclasses.replace(node, scores=scores, tokens=tokens, stage=event["stage"], log=log)
+    fresh = dataclasses.replace(
+      node, scores=scores, tokens=tokens, stage=event["stage"], log=log, rated=event.get("round", 0)
+    )
     change = fresh.score - (node.score if node.evaluated else 0.0)
     nodes = {**self.nodes, node.id: fresh}
     return Tree(_back_up(nodes, node.id, visits=0 if node.visits else 1, value=change))
@@ -165,12 +168,13 @@ def evaluate_event(
   scores: Mapping[str, float],
   stage: str,
   log: Iterable[LogEntry],
-  tokens: tuple[int, int] = (0, 0),
+  tokens: tuple[int, int],
+  round: int,
 ) -> dict[str, Any]:
   entries = [dataclasses.asdict(entry) for entry in log]
   return {
     "event": "evaluate", "id": id, "scores": dict(scores), "tokens": list(tokens), "stage": stage,
-    "log": entries,
+    "log": entries, "round": round,
   }  # fmt: skip
 
 

@@ -37,6 +37,7 @@ _LATEX = (
   (re.compile(r"\\(?:left|right)(?=[A-Za-z])"), ""),
   (re.compile(r"\\(?:quad|qquad|;|:| )"), " "),
   (re.compile(r"\{,\}"), ","),
+  (re.compile(r"(?<=[A-Za-z])\\?[$€£¥](?=\s?[0-9.])"), " "),  # US$5
   (re.compile(r"\\\$"), ""),
   (re.compile(r"\\%"), "%"),
   (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree"), " deg "),

@@ -414,6 +414,22 @@ def test_new_adapter_values_reach_later_requests_without_recompiling(engine):
   assert engine.stats()["traces"] == traces
 
 
+def test_adapters_of_a_learners_mesh_are_the_same_program(params):
+  """A mesh of one device is the device, but JAX compiles anew for arrays that name it."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+  there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  request = Request(prompt(30, 12), seed=1, max_new_tokens=20, adapter=1)
+  with make_engine(TINY, params, rows=4) as own:
+    stacked = stack_adapters([random_lora(4)])
+    want = []
+    for lora in (stacked, jax.device_put(stacked, there), jax.tree.map(np.asarray, stacked)):
+      own.set_adapters(lora)
+      want += own.generate([request]) + own.generate([request])
+    assert want == want[:1] * 6
+    (program,) = own.device._programs.values()
+    assert own.stats()["traces"] == program._cache_size() == 1
+
+
 @pytest.mark.parametrize(
   "fields",
   [{"top_k": 2**40}, {"temperature": 1e-40}, {"temperature": 1e300}, {"temperature": 10**400}],

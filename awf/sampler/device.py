@@ -80,6 +80,17 @@ class Device:
     self._sizes = [shapes] if strict or not few else [fewer_rows(shapes, few), shapes]
     shardings = None if mesh is None else cache_shardings(config, mesh)
     self._cache = jax.jit(lambda: init_cache(config, shapes.cache), out_shardings=shardings)()
+    self._home = None
+    if mesh is None:
+      self._home = next(iter(jax.tree.leaves(self._cache)[0].devices()))
+      self._cache = jax.device_put(self._cache, self._home)
+
+  def place(self, lora: Any) -> Any:
+    """The adapters beside the cache: another placement, if only in name, is another program.
+
+    On a mesh the caller has placed them.
+    """
+    return lora if self._home is None else jax.device_put(lora, self._home)
 
   def _count_trace(self) -> None:
     self.num_traces += 1

@@ -196,7 +196,7 @@ class Engine:
     with self._inbox.lock:
       program = self._programs.setdefault(_form(stacked_lora), len(self._programs))
       version = Version(self._version.number + 1, program)
-      self._adapters[version] = stacked_lora
+      self._adapters[version] = self.device.place(stacked_lora)
       self._version = version  # the engine's thread may look at any time
 
   def submit(

@@ -63,6 +63,8 @@ def run_eval(config: ConfigDict, workdir: Any) -> dict[str, Any]:
   start = time.perf_counter()
   _check_pass_k(config)
   with System(config, workdir) as system:
+    if system.policy.lora is not None:
+      system.policy.set_lora(None)  # workflows run on the base; an adapter's products only cost
     contenders, choice = find_contenders(system, Path(workdir))
     if "best" not in contenders:
       log.info("no best workflow in %s yet: train or search first", workdir)

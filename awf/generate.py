@@ -39,6 +39,8 @@ def run_generate(config: ConfigDict, workdir: Any, input: str, output: str) -> d
   setup_jax()
   mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
   policy = make_policy(config, mesh)
+  if not config.lora.init_path:
+    policy.set_lora(None)  # nobody asks for a new one; its products would only cost
   s = config.sampler
   sampling = SamplingParams(s.temperature, s.top_p, s.top_k, s.max_new_tokens, min_p=s.min_p)
   if config.generate.sampling == "checkpoint":

@@ -104,6 +104,8 @@ def run_serve(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
     policy = make_policy(config, mesh)
     stack.callback(policy.close)
+    if not config.lora.init_path:
+      policy.set_lora(None)  # likewise in mode generate: a new adapter is not a model to serve
     service = _make_service(config, policy)
     token = serve.api_key or os.environ.get(TOKEN_VARIABLE, "")
     host = f"[{serve.host}]" if ":" in serve.host else serve.host

@@ -132,7 +132,7 @@ def choice_line(choice: Choice) -> str:
 
 
 def test_problems(system: System) -> tuple[Problem, ...]:
-  """The test split, or its first `config.eval.problems` problems in a family-balanced order."""
+  """The test split, or `config.eval.problems` problems with a share of each family."""
   count = system.config.eval.problems
   if not count or count >= len(system.test):
     return system.test

@@ -146,8 +146,8 @@ class ProblemScope(DatasetScope):
     seed = {"graph": source.graph, "prompt": source.prompt, "node": 1, "modification": "seed"}
     trials, rng = Trials(system.runner(), system.task), random.Random(stable_hash("final"))
     problems = system.search_problems
-    sizes = config.subset_problems, config.full_problems or len(problems)
-    common, full = (spread(problems, min(size, len(problems)), rng) for size in sizes)
+    full = spread(problems, min(config.full_problems or len(problems), len(problems)), rng)
+    common = spread(full, min(config.subset_problems, len(full)), rng)
 
     async def ranked(workflows: list[dict[str, Any]], problems: Sequence[Problem]) -> Any:
       sources = [WorkflowSource(w["graph"], w["prompt"]) for w in workflows]

@@ -66,7 +66,7 @@ class LocalServer:
     asyncio.run(self._server.serve([self._socket]))
 
   def __enter__(self) -> LocalServer:
-    self._thread.start()  # the socket listens from here on: who asks early waits
+    self._thread.start()  # who has asked since the socket listens is answered now
     return self
 
   def __exit__(self, *_: object) -> None:

@@ -60,7 +60,7 @@ class Problem:
   family: str = ""  # subset name for reports
   entry_point: str = ""  # code data sets: the function to write
   public_tests: tuple[str, ...] = ()  # code data sets: tests that a workflow may run
-  scope: str = ""  # code data sets: source whose names a solution may use without defining them
+  solution_prelude: str = ""  # code data sets: source that is executed before a solution
   hidden: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # grader's material
 
 

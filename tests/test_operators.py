@@ -248,6 +248,14 @@ def test_test_operator_passes_without_public_tests(sandbox):
     ("\\boxed{9\\pi}", "9\\pi"),
     ("\\boxed{3x}", "3x"),
     ("\\boxed{x + 3}", "x + 3"),
+    ("\\boxed{3 i}", "3 i"),
+    ("\\boxed{5!}", "5!"),
+    ("\\boxed{50^\\circ}", "50"),
+    ("\\boxed{5~\\text{cm}}", "5"),
+    ("\\boxed{(5)}", "5"),
+    ("<answer>5 km/h</answer>", "5"),
+    ("The answer is 42!", "42"),
+    ("Answer: `42` (apples)", "42"),
     ("\\boxed{x = -3}", "-3"),
     ("so it is \\boxed{\\$18\\text{ in all}}", "18"),
     ("<answer>\n**US$ 1,800**\n</answer>", "1800"),
@@ -280,7 +288,8 @@ def test_normal_answer(text, expected):
 
 
 def test_extraction_is_bounded_on_hostile_text():
-  for text in ("9" * 100_000, "1," * 50_000, "-" * 100_000, "<answer>" * 10_000, "```\n" * 20_000):
+  for text in ("9" * 100_000, "1," * 50_000, "-" * 100_000, "<answer>" * 10_000, "```\n" * 20_000,
+               "<answer>5" + " " * 100_000 + "(-", "Answer: " + "*" * 50_000 + " 5 -"):  # fmt: skip
     assert isinstance(normal_answer(text), str)
     assert isinstance(code_of(text), str)
   assert numbers("9" * 100) == ["9" * 100]

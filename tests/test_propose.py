@@ -106,7 +106,7 @@ def test_scores_are_backed_up_to_the_root():
     (4, pytest.approx(1.8)), (3, pytest.approx(1.6)), (1, 1.0), (1, 0.0), (1, 0.7),
   ]  # fmt: skip
   log = (LogEntry("p1", "7", "7"),)
-  tree = tree.apply(evaluate_event(3, {"p1": 0.0, "p2": 1.0}, "full", log, (0, 0), 2))
+  tree = tree.apply(evaluate_event(3, {"p1": 0.0, "p2": 1.0}, "full", log))
   assert tree.nodes[1].value == pytest.approx(1.3) and tree.nodes[1].visits == 4
   assert tree.nodes[3].log == log and tree.max_depth() == 2 and tree.next_id == 6
   assert tree.find("k2").id == 2 and tree.find("") is None and tree.find("k4") is None

@@ -142,9 +142,9 @@ def test_run_tests_with_helpers_of_the_prompt(box):
   assert box.run_sync(Job("awf.sandbox.program:run_tests", payload)).value["passed"] is True
 
 
-def test_a_solution_sees_its_scope_and_not_what_the_tests_see(box):
+def test_a_solution_sees_its_prelude_and_not_what_the_tests_see(box):
   payload = {
-    "scope": "import math\nfrom typing import List\ndef helper(x):\n  return x * 2\n",
+    "solution_prelude": "import math\nfrom typing import List\ndef helper(x):\n  return x * 2\n",
     "prelude": "expected = 9",
     "solution": "from __future__ import annotations\ndef f(x: List[int]) -> int:\n"
     "  return math.prod(map(helper, x)) + ('expected' in globals())",
@@ -153,7 +153,7 @@ def test_a_solution_sees_its_scope_and_not_what_the_tests_see(box):
   }
   entry = "awf.sandbox.program:run_tests"
   assert box.run_sync(Job(entry, payload)).value == {"passed": True, "error": ""}
-  assert box.run_sync(Job(entry, {**payload, "scope": ""})).value["passed"] is False
+  assert box.run_sync(Job(entry, {**payload, "solution_prelude": ""})).value["passed"] is False
 
 
 def test_run_tests_reports_the_solutions_own_failure(box):

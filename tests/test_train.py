@@ -211,7 +211,7 @@ def test_an_unchanged_policy_gains_exactly_nothing_and_another_seed_draws_otherw
   assert [row["text"] for row in ours] != [row["text"] for row in theirs]
 
 
-def test_held_out_problems_are_balanced_apart_and_seeded():
+def test_held_out_problems_have_their_families_shares_apart_and_seeded():
   problems = [Problem(f"{f}{i}", "text", "1", family=f) for f in "abc" for i in range(10)]
   held, rest = hold_out(problems, 6, seed=0)
   assert sorted(p.family for p in held) == list("aabbcc")

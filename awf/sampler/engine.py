@@ -193,10 +193,11 @@ class Engine:
     Args:
       stacked_lora: LoRA tree with leaves [A, in, R] and [A, R, out], alpha / rank folded into `b`.
     """
+    form, placed = _form(stacked_lora), self.device.place(stacked_lora)
     with self._inbox.lock:
-      program = self._programs.setdefault(_form(stacked_lora), len(self._programs))
+      program = self._programs.setdefault(form, len(self._programs))
       version = Version(self._version.number + 1, program)
-      self._adapters[version] = self.device.place(stacked_lora)
+      self._adapters[version] = placed
       self._version = version  # the engine's thread may look at any time
 
   def submit(
@@ -320,8 +321,7 @@ class Engine:
       if self._inbox.is_closed:
         raise RuntimeError("the engine is closed") from self._error
       self.check(request)
-      version = self._version if request.adapter else None
-      job = Job(request, Future(), version, on_part)
+      job = Job(request, Future(), self._version, on_part)
       is_fit = 0 < len(request.prompt_ids) < self.context
       if is_fit:
         self._inbox.put(job, wait)

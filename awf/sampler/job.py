@@ -24,7 +24,7 @@ class Job:
 
   request: Request
   future: Future[list[Output]]
-  version: Version | None  # of the adapters it must run with; None: base rows run with any
+  version: Version  # when it was submitted; rows of the base run with any of that program
   on_part: OnPart | None = None
   outputs: dict[int, Output] = dataclasses.field(default_factory=dict)  # by sample
   started: int = 0  # completions that have, or had, a row
@@ -35,8 +35,13 @@ class Job:
   is_ended: bool = False  # answered, failed or called off
 
   @property
+  def own_version(self) -> Version | None:
+    """That whose adapter it asks for; None for the base."""
+    return self.version if self.request.adapter else None
+
+  @property
   def prompt_key(self) -> PromptKey:
-    return (self.request.prompt_ids, self.request.adapter, self.version)
+    return (self.request.prompt_ids, self.request.adapter, self.own_version)
 
   @property
   def waiting(self) -> int:
@@ -209,5 +214,5 @@ class Waiting:
     yield from heavy
 
   def next_version(self) -> Version | None:
-    """The adapters that come next: those of the oldest job that has any."""
-    return next((job.version for job in self._jobs if job.version is not None), None)
+    """The adapters that come next: those of the oldest job that asks for one."""
+    return next((job.version for job in self._jobs if job.request.adapter), None)

@@ -83,12 +83,11 @@ class Scheduler:
     """Admits what fits and lists the device's work; None when there is nothing to do.
 
     Args:
-      newest: adapters set last. Rows of the base run with their program before anyone asks for
-        them, so that a row does not change its program when somebody does.
+      newest: adapters set last, which take the place of those that nobody asks for any more.
     """
     work = empty_work(self.shapes)
     is_decoding = bool(np.any(self.table_BX[:, COLUMN["status"]] == RUNNING))
-    if self.waiting.next_version() is None:
+    if newest.program == self.version.program and self.waiting.next_version() is None:
       self._take_over(newest)
     self._admit_all()
     if not (self.num_running or self.unready):
@@ -108,7 +107,7 @@ class Scheduler:
     """(decode steps, finished rows that end them early): short turns while rows stand empty.
 
     Args:
-      may_fill: prompts are filled in this turn, and nobody would wait for it who decoded before.
+      may_fill: prompts are filled in this turn, and no row ran before it who would wait.
     """
     rows = self.shapes.rows
     running = int(np.sum(self.table_BX[:, COLUMN["status"]] == RUNNING))
@@ -153,19 +152,23 @@ class Scheduler:
     return True
 
   def _fits_adapters(self, job: Job) -> bool:
-    if job.version is None or job.version == self.version:
+    """Rows with other adapters' weights must end before the first row with new ones starts.
+
+    Adapters of another shape are another program, whose last digits may differ: rows of the base
+    run in that of the adapters that were there when they were asked for, whoever is beside them.
+    """
+    if not job.request.adapter and job.version.program == self.version.program:
       return True
-    return self.waiting.next_version() == job.version and self._take_over(job.version)
+    if job.request.adapter and self.waiting.next_version() != job.version:
+      return job.version == self.version
+    return self._take_over(job.version)
 
   def _take_over(self, version: Version) -> bool:
-    """Lets rows run with other adapters, unless those that run need the ones that are there.
-
-    Rows of the base do not, but for another program, in whose last digits they may differ.
-    """
+    """Lets rows run with other adapters, unless those that run need the ones that are there."""
     if version == self.version:
       return True
     is_alike = version.program == self.version.program
-    if any(s is not None and (s.job.version is not None or not is_alike) for s in self.rows):
+    if any(s is not None and (s.job.request.adapter or not is_alike) for s in self.rows):
       return False
     self.version = version
     self.pages.forget(*([None] if is_alike else []), version)

@@ -188,7 +188,8 @@ class Sandbox:
 
     Args:
       job: what to run. The entry "awf.sandbox.program:run_tests" takes a payload {"solution",
-        "tests", "entry_point", optional "prelude", "scope"} and is spread over two jobs, see
+        "tests", "entry_point", optional "prelude", "solution_prelude"} and is spread over two
+        jobs, see
         `awf.sandbox.grading`.
       handler: answers the job's calls. It may raise `CallError`, which the job sees; any other
         exception ends the job as an infrastructure failure. Without a handler calls are refused. A

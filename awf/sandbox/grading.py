@@ -14,6 +14,7 @@ from typing import Any
 from awf.sandbox.child import CallError
 
 MAX_CANDIDATE_CALLS = 100_000
+SOLUTION_PRELUDE = "solution_prelude"
 
 Start = Callable[[str, dict[str, Any], Callable[[str, Any], Awaitable[Any]]], Awaitable[Any]]
 
@@ -77,14 +78,14 @@ async def run_tests(start_tests: Start, start_solution: Start, payload: dict[str
     start_tests: runs a job for an entry, a payload and a handler, in the layer of tests.
     start_solution: likewise, in the layer of leaves.
     payload: "solution", "tests", "entry_point", optional "prelude" (trusted source that the tests
-      see) and "scope" (that the solution sees).
+      see) and "solution_prelude" (that the solution sees).
 
   Returns:
     The JobResult of the tests; with the failure of the solution's job when that ended before the
     tests did.
   """
   source = {"source": payload["solution"], "function": payload["entry_point"]}
-  solution = _Solution(start_solution, {**source, "scope": payload.get("scope", "")})
+  solution = _Solution(start_solution, {**source, "prelude": payload.get(SOLUTION_PRELUDE, "")})
 
   async def candidate(method: str, request: Any) -> Any:
     if method != "candidate" or type(request) is not list or len(request) != 2:
@@ -94,7 +95,9 @@ async def run_tests(start_tests: Start, start_solution: Start, payload: dict[str
       raise CallError("policy", "the solution's job forged an answer")
     return answer
 
-  tests = {key: value for key, value in payload.items() if key not in ("solution", "scope")}
+  tests = {
+    key: value for key, value in payload.items() if key not in ("solution", SOLUTION_PRELUDE)
+  }
   ended = None
   try:
     result = await start_tests("awf.sandbox.program:run_tests", tests, candidate)

@@ -291,11 +291,11 @@ async def serve_function(payload: dict[str, Any], call: Any) -> None:
   """The solution's half of an isolated test run: answers requests until there are no more.
 
   Args:
-    payload: "source", "function", and "scope", source that is executed before it.
+    payload: "source", "function", and "prelude", source that is executed before it.
     call: `next` is asked with the last answer (None at first) and replies with the next
       [arguments, named arguments] or None.
   """
-  namespace = load(payload["scope"]) if payload["scope"] else None
+  namespace = load(payload["prelude"]) if payload["prelude"] else None
   function = find_function(load(payload["source"], namespace), payload["function"])
   answer = None
   while (request := await call("next", answer)) is not None:

@@ -166,11 +166,11 @@ class MCTSOptimizer:
     mine = {
       "version": (STATE_VERSION, "the code's version"),
       "seed": (self.seed, "config.seed"),
-      "problems": (self._problems_hash(), "config.task"),
+      "problems": (self._problems_hash(), "config.task or draw of config.eval.parent_problems"),
       "full_problems": (self._full_hash(), "draw of config.search.full_problems"),
     }
     for field, (value, name) in mine.items():
-      saved = state.get(field, 0)  # older runs have no `full_problems`
+      saved = state.get(field, value)  # older runs have no `full_problems`
       if saved != value:
         raise UserError(
           f"the saved search was made with another {name}: expected {saved}, got {value}; change "

@@ -139,7 +139,7 @@ class Draft:
     """
     _refuse_unscored(f"workflow of round {id}", verdict)
     self.use(self.tree.nodes[id].canonical, verdict.trials)
-    self.apply(evaluate_event(id, verdict.scores, "full", verdict.log, verdict.tokens, self.round))
+    self.apply(evaluate_event(id, verdict.scores, "full", verdict.log, verdict.tokens))
     self.trials[id] = verdict.trials
 
 
@@ -166,8 +166,8 @@ def grow(draft: Draft, children: Sequence[Child], full: Mapping[str, Verdict]) -
   for key, verdict in full.items():
     known = draft.tree.find(key)
     if known is not None:
-      fields = verdict.scores, "full", verdict.log, verdict.tokens, draft.round
-      draft.apply(evaluate_event(known.id, *fields))
+      event = evaluate_event(known.id, verdict.scores, "full", verdict.log, verdict.tokens)
+      draft.apply(event)
       draft.trials[known.id] = verdict.trials
   for child in children:
     if child.lost or not (child.source.graph or child.modification):

@@ -168,13 +168,12 @@ def evaluate_event(
   scores: Mapping[str, float],
   stage: str,
   log: Iterable[LogEntry],
-  tokens: tuple[int, int],
-  round: int,
+  tokens: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
   entries = [dataclasses.asdict(entry) for entry in log]
   return {
     "event": "evaluate", "id": id, "scores": dict(scores), "tokens": list(tokens), "stage": stage,
-    "log": entries, "round": round,
+    "log": entries,
   }  # fmt: skip
 
 

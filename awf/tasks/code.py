@@ -15,8 +15,8 @@ from awf.types import Failure, Grade, Problem, UserError, stable_hash
 if TYPE_CHECKING:
   from awf.sandbox import Sandbox
 
-# What AFlow's graders have in scope, for solutions and tests.
-SCOPE = (
+# What AFlow's graders have in scope.
+PRELUDE = (
   "import hashlib\nimport math\nimport re\nfrom typing import Any, Dict, List, Optional, Tuple\n"
 )
 MAX_CODE_CHARS = 60_000
@@ -64,7 +64,7 @@ async def judge(
   tests: str,
   entry_point: str,
   prelude: str = "",
-  scope: str = "",
+  solution_prelude: str = "",
 ) -> Failure | None:
   """Runs tests against a solution in jails of their own.
 
@@ -74,7 +74,7 @@ async def judge(
     tests: source that asserts about `candidate`, or defines `check(candidate)`.
     entry_point: name of the function under test.
     prelude: trusted helpers that the tests use.
-    scope: those that the solution may use.
+    solution_prelude: those that the solution may use.
 
   Returns:
     None when all tests pass, else why not. The message never quotes a test or an expected value;
@@ -87,7 +87,7 @@ async def judge(
     "tests": tests,
     "entry_point": entry_point,
     "prelude": prelude,
-    "scope": scope,
+    "solution_prelude": solution_prelude,
   }
   job = Job("awf.sandbox.program:run_tests", payload, stable_hash("tests", entry_point, tests))
   result = await sandbox.run(job)
@@ -145,7 +145,7 @@ class CodeEvaluator(DatasetEvaluator):
       hidden["test"],
       problem.entry_point,
       hidden.get("prelude", ""),
-      problem.scope,
+      problem.solution_prelude,
     )
     shown = solution[:2000]
     if failure is None:

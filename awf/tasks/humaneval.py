@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from awf.tasks.base import id_field, text_field
-from awf.tasks.code import SCOPE, CodeEvaluator
+from awf.tasks.code import PRELUDE, CodeEvaluator
 from awf.tasks.download import Source
 from awf.types import Problem
 
@@ -40,7 +40,7 @@ class HumanEvalEvaluator(CodeEvaluator):
       prompt=prompt,
       entry_point=entry_point,
       public_tests=public_tests(prompt, entry_point),
-      scope=SCOPE + _before(prompt, entry_point),
+      solution_prelude=PRELUDE + _before(prompt, entry_point),
       hidden={
         "test": text_field(row, "test"),
         # Some tests call helpers that the prompt defines beside the function.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from awf.tasks.base import id_field, text_field
-from awf.tasks.code import SCOPE, CodeEvaluator
+from awf.tasks.code import PRELUDE, CodeEvaluator
 from awf.tasks.download import Source
 from awf.types import Problem
 
@@ -46,8 +46,8 @@ class MBPPEvaluator(CodeEvaluator):
       prompt=prompt,
       entry_point=entry_point,
       public_tests=("\n".join([*setup, tests[0]]).strip(),) if tests else (),
-      scope=SCOPE,
-      hidden={"test": test, "prelude": SCOPE, "canonical_solution": code},
+      solution_prelude=PRELUDE,
+      hidden={"test": test, "prelude": PRELUDE, "canonical_solution": code},
     )
 
 

@@ -15,8 +15,9 @@ _CODE_LINE = re.compile(r"^\s*(?:async\s+)?def\s+\w+\s*\(", re.MULTILINE)
 _FENCE = re.compile(r"```[ \t]*([\w+-]*)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = ("python", "py", "python3")
 _UNIT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\(?:quad|[ ,;:!$%()\[\]])")
-_BESIDE = re.compile(r"[^\W\d_]*(?:[\s$\u20ac\u00a3%\u00b0.,:='*]+[^\W\d_]*)*")
+_SPACING = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\(?:quad|[ ,;:!$%()\[\]])|~")
+_NOT_BESIDE = re.compile(r"[^\w\s$\u20ac\u00a3%\u00b0.,:;='\"`*()/]|[\d_]")
+UNIT_LETTERS = set("mgshlvw")  # after a number; any other letter alone is a variable
 SCALES = {"dozen", "hundred", "thousand", "million", "billion", "trillion"}  # they change a number
 FEW_WORDS = 4  # of an answer as QA data sets have it
 MAX_DIGITS = 60
@@ -75,7 +76,7 @@ def normal_answer(text: str) -> str:
   if inner is None and _CODE_LINE.search(text):
     return "\n".join(line.rstrip() for line in code_of(text).splitlines() if line.strip())
   if inner is None and _is_short_answer(text):
-    inner = text
+    inner = text.rstrip(" !")
   if inner is not None:
     return _lone_number(inner) or _plain(inner)
   found = numbers(text)
@@ -93,9 +94,11 @@ def _lone_number(text: str) -> str | None:
   if len(found) != 1:
     return None
   before, after = text[: found[0].start()], text[found[0].end() :]
-  words = re.findall(r"[^\W\d_]+", (before + " " + after).lower())
+  words, units = (re.findall(r"[^\W\d_]+", part.lower()) for part in (before, after))
   touches = before[-1:].isalpha() or after[:1].isalpha()
-  if touches or not _BESIDE.fullmatch(before + after) or SCALES & set(words):
+  if touches or _NOT_BESIDE.search(before + after) or SCALES & {*words, *units}:
+    return None
+  if any(len(word) == 1 and word not in UNIT_LETTERS for word in units):
     return None
   return _normal_number(found[0].group())
 

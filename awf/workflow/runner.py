@@ -106,7 +106,7 @@ class _Attempt:
 
   canonical: str
   problem_id: str
-  scope: str = ""
+  solution_prelude: str = ""
   tokens: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
   programs: set[int] = dataclasses.field(default_factory=set)
   infrastructure: str = ""
@@ -230,7 +230,7 @@ class WorkflowRunner:
       return await self._attempt(source, problem, text)
 
   async def _attempt(self, source: WorkflowSource, problem: Problem, text: str) -> WorkflowResult:
-    attempt = _Attempt(text, problem.id, problem.scope)
+    attempt = _Attempt(text, problem.id, problem.solution_prelude)
     payload = {
       "graph": source.graph,
       "prompt": source.prompt,
@@ -324,7 +324,8 @@ class WorkflowRunner:
 
   async def _test(self, attempt: _Attempt, params: dict[str, Any]) -> dict[str, Any]:
     payload = _texts(params, ("solution", "tests", "entry_point"))
-    result = await self._extra_job(attempt, TESTS_ENTRY, {**payload, "scope": attempt.scope})
+    payload["solution_prelude"] = attempt.solution_prelude
+    result = await self._extra_job(attempt, TESTS_ENTRY, payload)
     if result.failure is not None:
       return {"passed": False, "error": f"{result.failure.kind}: {result.failure.message}"}
     value = result.value if type(result.value) is dict else {}

@@ -253,7 +253,6 @@ def bench_update(config: ConfigDict) -> dict[str, Any]:
   first, seconds = _time(call, bench.repeats)
   tokens = bench.batch * (bench.prompt + bench.new)
   speed = tokens / statistics.median(seconds)
-  passes = 4 * grpo.steps_per_batch + 2  # forward and backward to the activations; old log-probs
   return {
     "tokens_per_second": round(speed, 1),
     "seconds_per_step": round(statistics.median(seconds), 4),
@@ -264,7 +263,7 @@ def bench_update(config: ConfigDict) -> dict[str, Any]:
     "seconds": seconds,
     "first_call_seconds": first,
     **_model_facts(model_config, params),
-    **_utilisation(passes * model_config.num_parameters * speed, 0.0),
+    **_utilisation(trainer.flops / statistics.median(seconds), 0.0),
   }
 
 

@@ -64,7 +64,11 @@ class DatasetScope:
 
   async def best(self, p: Progress, search: Any) -> dict[str, Any]:
     """The run's workflow, as `about_best` tells of it; `search` is one that was cut off."""
-    return p.best if p.best is not None else about_best(search)
+    if p.best is None:
+      return about_best(search)
+    is_begun = search is not None and search.rounds_done
+    last = about_best(search) if is_begun else p.best
+    return last if last["score"] > p.best["score"] else p.best
 
   def figures(self, p: Progress) -> dict[str, Any]:
     """What the run's summary says beside the figures that all runs have."""

@@ -236,10 +236,13 @@ class System:
 
   def serve(self, lora: Any) -> None:
     """Puts an adapter of the learner in place for what is sampled from now on."""
+    import jax
+
     from awf.sharding import gathered_here
 
     self._version += 1
-    self.policy.set_lora(gathered_here(lora, self.mesh))
+    own = jax.tree.map(lambda x: x.copy(), lora)  # the next update donates the learner's
+    self.policy.set_lora(gathered_here(own, self.mesh))
 
   def make_search(
     self, number: int, agree: Any = None, problems: Sequence[Problem] | None = None

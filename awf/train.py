@@ -335,8 +335,7 @@ class Loop:
     # 2. learner, then the adapter that the sampler serves
     if self.trainer is not None:
       self.trainer.state = state
-      size, steps = extra.get("room") or self.trainer.room
-      self.trainer.room = size, steps
+      self.trainer.room = extra.get("room") or self.trainer.room
       self.system.serve(state.lora)
     # 3. counters, the search in hand, and the rows that the checkpoint covers
     self.progress, rows = Progress(**extra["progress"]), extra.get("rows")

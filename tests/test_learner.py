@@ -103,6 +103,25 @@ def test_padded_rows_give_the_same_gradient():
   np.testing.assert_allclose(metrics["loss"], value, atol=1e-5)
 
 
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}])
+def test_a_place_without_a_target_has_no_gradient_whatever_its_logits(cut):
+  """Log-probs of -400 there: compared with the 0 of padding their exp is inf."""
+  grpo = GRPOConfig(beta=0.1, kl="k3")
+  logits_1TV = jnp.zeros((1, 2, 8)).at[0, 1, 1:].set(400.0)
+  names = ("advantage", "old_logp", "ref_logp")
+  data = {name: jnp.array([[-1.0, 0.0]]) for name in names}
+  data |= {"weight": jnp.array([[1.0, 0.0]]), "target": jnp.zeros((1, 2), jnp.int32)}
+  data["is_target"] = jnp.array([[True, False]])
+  scalars = {"total": 1.0, "entropy_coef": 0.0, "has_old": True}
+
+  def loss(logits):
+    return grpo_token_loss(logits, data, scalars, config=grpo, sampling=Sampling(1.0, **cut))[0]
+
+  value, gradient = jax.value_and_grad(loss)(logits_1TV)
+  assert np.isfinite(value) and np.isfinite(gradient).all() and np.abs(gradient[0, 0]).max() > 0
+  assert not gradient[0, 1].any()
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_micro_batches_change_nothing(rows):
   assert_same(updated(micro_batch=rows, vocab_chunk=100 * rows), updated(micro_batch=8))

@@ -71,6 +71,11 @@ def test_the_room_of_a_batch_is_part_of_the_state(params):
   resumed.room = trainer.room
   (a, b) = (t.pack(make_rollouts(seed=4)).tokens_ZBT for t in (trainer, resumed))
   assert a.shape == b.shape and np.array_equal(a, b)
+  smaller = make_trainer(params, micro_batch=2)
+  smaller.room = trainer.room  # lowered or raised, as after an update that did not fit
+  assert smaller.room == (2 * first[0], trainer.room[1], 2)
+  smaller.room = trainer.room[:2]  # of a run before that was kept
+  assert smaller.room[:2] == trainer.room[:2]
 
 
 @pytest.mark.usual_compile

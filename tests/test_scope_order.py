@@ -102,6 +102,19 @@ def test_the_end_takes_the_best_of_the_winners_on_the_data_set(sandbox, tmp_path
   assert asyncio.run(scope.best(Progress(), cut_off))["score"] >= best["seed_score"]
 
 
+def test_a_search_that_was_cut_off_may_have_found_the_best(sandbox, tmp_path):
+  world = World(sandbox, tmp_path, **CHANGES, **{"search.scope": "dataset"})
+  scope, p = make_scope(world), Progress()
+  search = world.make_search(0, None, world.search_problems)
+  asyncio.run(search.round())
+  found = asyncio.run(scope.best(p, search))
+  assert found["score"] == search.best().score
+  for score, expected in ((found["score"] - 0.1, found["score"]), (2.0, 2.0)):
+    p.best = {**found, "score": score}
+    assert asyncio.run(scope.best(p, search))["score"] == expected
+  assert asyncio.run(scope.best(p, None)) == p.best
+
+
 def test_one_draw_where_the_executor_does_not_sample(sandbox, tmp_path):
   world = World(sandbox, tmp_path, **{**CHANGES, "executor.temperature": 0.0})
   assert len(make_scope(world).make_search(Progress(), None).problems) == 1

@@ -325,8 +325,12 @@ def grpo_token_loss(
     logp = aux["logp"] = logp_and_entropy(cut, data["target"])[0]
     if keeps_support:
       aux["support"] = jnp.packbits(is_kept, axis=-1)
-  loss = _chunk_terms(logp, entropy, data, scalars, config)
+  # Elsewhere 0, as all that it is compared with: an exp of anything else may be inf, and its
+  # gradient NaN, though no weight lets it in.
   is_target = data["is_target"]
+  if "kl_logp" in data:
+    data = data | {"kl_logp": jnp.where(is_target, data["kl_logp"], 0.0)}
+  loss = _chunk_terms(jnp.where(is_target, logp, 0.0), entropy, data, scalars, config)
   aux = {k: x if x.ndim > 2 else jnp.where(is_target, x, 0.0) for k, x in aux.items()}
   return jnp.sum(jnp.where(is_target, loss, 0.0)), aux
 

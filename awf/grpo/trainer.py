@@ -197,14 +197,19 @@ class GRPOTrainer:
     return Update(self, rollouts).run()
 
   @property
-  def room(self) -> tuple[int, int]:
-    """Tokens per bin and steps of a batch's arrays: they grow, and packing decides the order of
-    sums, so that a resumed run needs what the interrupted one had."""
-    return self._size, self._num_steps
+  def room(self) -> tuple[int, int, int]:
+    """Tokens per bin and steps of a batch's arrays, and the `micro_batch` that they began with.
+
+    They grow, and packing decides the order of sums, so that a resumed run needs what the
+    interrupted one had; but for the bin, when another `micro_batch` asks for another one.
+    """
+    return self._size, self._num_steps, self.grpo.micro_batch
 
   @room.setter
-  def room(self, sizes: tuple[int, int]) -> None:
-    self._size, self._num_steps = sizes
+  def room(self, sizes: Sequence[int]) -> None:
+    size, self._num_steps, micro_batch = (*sizes, self.grpo.micro_batch)[:3]  # older runs have two
+    if micro_batch == self.grpo.micro_batch:
+      self._size = size
 
   def logprobs(self, rollouts: Sequence[Rollout], is_base: bool = False) -> list[np.ndarray]:
     """Log-probability of each completion token under the present policy (or the base), float32."""

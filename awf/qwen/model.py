@@ -36,7 +36,7 @@ from awf.qwen.quant import (
   logits,
   matmul,
 )
-from awf.remat import remat_wrapper
+from awf.remat import remat_name, remat_wrapper
 
 # attend(q_BTNH, k_BTKH, v_BTKH, cache_of_layer) -> (out_BTNH, cache_of_layer)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -322,7 +322,8 @@ class Qwen(nn.Module):
     x = Embed(c.vocab_size, c.hidden_size, dtype, name="embed")(tokens_BT)
     if not c.tie_word_embeddings:
       _HeadWeights(c.vocab_size, name="lm_head")(c.hidden_size)
-    if self.remat or self.is_initializing() or not isinstance(x, Tracer):
+    is_whole = remat_name(self.remat) == "none"
+    if not is_whole or self.is_initializing() or not isinstance(x, Tracer):
       apply_block = self._apply_block
     else:
       apply_block = self._traced_once()

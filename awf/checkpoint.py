@@ -269,9 +269,10 @@ class Checkpointer:
     saved = meta["base_hash"]
     if self._base_hash and saved and saved != self._base_hash:
       raise UserError(
-        f"checkpoint {step} in {self.directory} was trained on another base model "
-        f"(hash {saved[:12]}, expected {self._base_hash[:12]}); "
-        "change config.model.path or --workdir"
+        f"checkpoint {step} in {self.directory} was trained on another base model, or on its "
+        f"weights in another type (hash {saved[:12]}, expected {self._base_hash[:12]}); change "
+        "config.model.path or --workdir, or go on where config.model.dtype means the same: auto is "
+        "float32 on a CPU and bfloat16 elsewhere"
       )
     differing = sorted(
       name

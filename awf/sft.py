@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from awf.backup import status_figures
@@ -45,7 +46,8 @@ def run_sft(config: ConfigDict, workdir: Any) -> dict[str, Any]:
   setup_jax()
   workdir.record_devices()
   sft, start = config.sft, time.perf_counter()
-  model_config, params, tokenizer = load_or_init(config)
+  mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
+  model_config, params, tokenizer = load_or_init(config, mesh)
   _check_save(config)
   examples = read_examples(sft.path, tokenizer, sft.steps * sft.batch * sft.length)
   packed = pack_examples(examples, sft.length, sft.prompt_weight, config.seed)
@@ -57,7 +59,6 @@ def run_sft(config: ConfigDict, workdir: Any) -> dict[str, Any]:
   base = hf.fingerprint(config.model.path) if lora is not None else ""
   workdir.add_to_record(trainable_share=share, base_fingerprint=base)
   log.info("%.3f %% of the parameters are trained", 100 * share)
-  mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
   trainer = SFTTrainer(
     model_config,
     params,
@@ -67,6 +68,7 @@ def run_sft(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     lora=lora,
     lora_config=lora_config if lora is not None else None,
   )
+  del params  # the trainer has them, or a copy that it trains
   checkpoints = Checkpointer(workdir.checkpoints, config.train.keep_checkpoints)
   with MetricsLogger(workdir) as metrics, StopRequest() as stop, ExitStack() as stages:
     done = step = _resume(trainer, checkpoints, metrics)
@@ -126,14 +128,19 @@ def _trainable_share(lora: Lora | None, model_config: QwenConfig) -> float:
   return 1.0 if lora is None else count(lora) / model_config.num_parameters
 
 
-def load_or_init(config: ConfigDict) -> tuple[QwenConfig, Any, Tokenizer]:
-  """The checkpoint of `config.model.path`, or a model made from `config.model.architecture`."""
+def load_or_init(config: ConfigDict, mesh: Mesh | None = None) -> tuple[QwenConfig, Any, Tokenizer]:
+  """The checkpoint of `config.model.path`, or a model made from `config.model.architecture`.
+
+  Args:
+    config: resolved config.
+    mesh: where the checkpoint's weights lie; None is the default device.
+  """
   dtype = dtype_name(config.model.compute_dtype, "compute_dtype")
   if config.model.path:
     path = hf.resolve_path(config.model.path)
     model_config = hf.load_config(path, dtype)
     stored, quant = dtype_name(config.model.dtype, "dtype"), QuantConfig.from_config(config.model)
-    params = hf.load_params(path, model_config, stored, quant=quant)
+    params = hf.load_params(path, model_config, stored, mesh, quant)
     return model_config, params, load_tokenizer(config.model.tokenizer or path)
   if not config.model.architecture.vocab_size or not config.model.tokenizer:
     raise UserError(

@@ -176,6 +176,25 @@ def test_micro_batches_packing_and_mesh_change_nothing():
     np.testing.assert_allclose(flat(trainer.params), flat(reference.params), atol=5e-6)
 
 
+def test_a_lora_on_a_mesh_has_its_base_there_and_trains_alike():
+  params, packed = init_params(TIED, jax.random.key(0)), pack_examples(make_examples(30), 32, 0.5)
+  config = LoRAConfig(4, 8.0)
+  mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+  found = []
+  for where in (None, mesh):
+    lora = init_lora(TIED, config, jax.random.key(1))
+    trainer = SFTTrainer(
+      TIED, params, OPTIM, where, weights="lora", lora=lora, lora_config=config
+    )  # fmt: skip
+    found.append((trainer.step(packed)["loss"], flat(trainer.params)))
+  np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
+  np.testing.assert_allclose(found[0][1], found[1][1], atol=5e-6)
+  for leaf in jax.tree.leaves(trainer._base):
+    assert set(leaf.sharding.device_set) == set(mesh.devices.flat)
+  kernel = trainer._base["layers_0"]["gate_proj"]["kernel"]
+  assert kernel.addressable_shards[0].data.size < kernel.size, "each device its part"
+
+
 def test_training_lowers_the_loss_with_one_trace():
   params = init_params(TIED, jax.random.key(0))
   packed = pack_examples(make_examples(40), 32)

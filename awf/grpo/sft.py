@@ -84,6 +84,8 @@ class SFTTrainer:
     self._is_flat = prefers_blocks(mesh)  # rows of a micro batch laid end to end
     self._model = Qwen(model_config, remat=remat)
     self._base = params if weights == "lora" else {}
+    if mesh is not None:
+      self._base = jax.device_put(self._base, tree_shardings(self._base, mesh))
     self._optimizer = make_optimizer(optim)
     self.traces = 0  # times that the step was traced
 

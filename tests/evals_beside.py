@@ -156,6 +156,7 @@ class Awf:
 
     setup_jax()
     self.policy, self.args, self.sources = make_policy(config), args, sources(args)
+    self.policy.set_lora(None)  # as mode serve, which has no adapter either
     self.task = make_task({"name": "gsm8k"})
 
   def turn(self, flight, name, temperature, salt, rows):

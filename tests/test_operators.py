@@ -249,6 +249,23 @@ def test_test_operator_passes_without_public_tests(sandbox):
     ("\\boxed{3x}", "3x"),
     ("\\boxed{x + 3}", "x + 3"),
     ("\\boxed{3 i}", "3 i"),
+    *(
+      (f"<answer>{text}</answer>", text)
+      for text in ("sqrt(2)", "log(3)", "pi/4", "x/5", "f(3)", "(x, 5)", "2*pi", "3 / x", "pi * 4")
+    ),
+    *(
+      (f"<answer>{text}</answer>", "5")
+      for text in (
+        "5 dollars a day",
+        "$5 a piece",
+        "5 °C",
+        "5 N",
+        "**5**",
+        "(5)",
+        "about 5 (rounded)",
+      )
+    ),
+    ("\\boxed{5^\\circ C}", "5"),
     ("\\boxed{5!}", "5!"),
     ("\\boxed{50^\\circ}", "50"),
     ("\\boxed{5~\\text{cm}}", "5"),
@@ -289,7 +306,8 @@ def test_normal_answer(text, expected):
 
 def test_extraction_is_bounded_on_hostile_text():
   for text in ("9" * 100_000, "1," * 50_000, "-" * 100_000, "<answer>" * 10_000, "```\n" * 20_000,
-               "<answer>5" + " " * 100_000 + "(-", "Answer: " + "*" * 50_000 + " 5 -"):  # fmt: skip
+               "<answer>5" + " " * 100_000 + "(-", "Answer: " + "*" * 50_000 + " 5 -",
+               "<answer>^" + " " * 100_000, "<answer>5" + "(" * 50_000):  # fmt: skip
     assert isinstance(normal_answer(text), str)
     assert isinstance(code_of(text), str)
   assert numbers("9" * 100) == ["9" * 100]

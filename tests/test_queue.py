@@ -478,6 +478,21 @@ def test_a_row_of_the_base_keeps_its_program_when_an_adapter_is_asked_for():
     assert order[0] == "base" and engine.stats()["traces"] == 2
 
 
+def test_adapters_whose_turn_it_is_may_be_looked_past(engine, monkeypatch):
+  """The longest first, and no more than so many: the oldest is not among them."""
+  monkeypatch.setattr("awf.sampler.scheduler.MOST_STUCK", 2)
+  gate, futures = Gate(), []
+  for seed, new in ((2, 200), (3, 5), (4, 20), (4, 20)):
+    if seed != 4 or len(futures) == 2:
+      engine.set_adapters(stack_adapters([random_lora(seed)]))
+    request = dataclasses.replace(SHORT, adapter=1, max_new_tokens=new)
+    futures.append(engine.submit(request, gate if not futures else None))
+    gate.wait()
+  gate.go()
+  for future in futures:
+    future.result(timeout=120)
+
+
 def test_rows_decode_while_a_long_prompt_is_filled(engine, monkeypatch):
   monkeypatch.setattr(engine._scheduler, "stall_tokens", 64)
   gate = Gate()

@@ -159,6 +159,8 @@ class Scheduler:
     """
     if not job.request.adapter and job.version.program == self.version.program:
       return True
+    if not self.num_running:  # whoever is looked at first: the next in line may be looked past
+      return self._take_over(job.version)
     if job.request.adapter and self.waiting.next_version() != job.version:
       return job.version == self.version
     return self._take_over(job.version)

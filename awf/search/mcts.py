@@ -170,7 +170,7 @@ class MCTSOptimizer:
       "full_problems": (self._full_hash(), "draw of config.search.full_problems"),
     }
     for field, (value, name) in mine.items():
-      saved = state.get(field, value)  # older runs have no `full_problems`
+      saved = state.get(field, 0)  # older runs have no `full_problems`, and drew them otherwise
       if saved != value:
         raise UserError(
           f"the saved search was made with another {name}: expected {saved}, got {value}; change "

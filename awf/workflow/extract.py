@@ -15,9 +15,12 @@ _CODE_LINE = re.compile(r"^\s*(?:async\s+)?def\s+\w+\s*\(", re.MULTILINE)
 _FENCE = re.compile(r"```[ \t]*([\w+-]*)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = ("python", "py", "python3")
 _UNIT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\(?:quad|[ ,;:!$%()\[\]])|~")
+_SPACING = re.compile(r"\^\s*(?:\{\s*)?\\circ(?:\s*\})?|\\(?:quad|[ ,;:!$%()\[\]])|~|\*\*")
 _NOT_BESIDE = re.compile(r"[^\w\s$\u20ac\u00a3%\u00b0.,:;='\"`*()/]|[\d_]")
-UNIT_LETTERS = set("mgshlvw")  # after a number; any other letter alone is a variable
+_JOINED = re.compile(
+  r"[^\W\d_]\s?[(/*]\s?#|#(?:\(|\s?[/*])\s?[^\W\d_]|\([^()]*,"
+)  # sqrt(#), #*x, (x, #)
+UNIT_LETTERS = set("mgshlLNJKCFWVA")  # after a number; any other letter alone is a variable
 SCALES = {"dozen", "hundred", "thousand", "million", "billion", "trillion"}  # they change a number
 FEW_WORDS = 4  # of an answer as QA data sets have it
 MAX_DIGITS = 60
@@ -94,11 +97,12 @@ def _lone_number(text: str) -> str | None:
   if len(found) != 1:
     return None
   before, after = text[: found[0].start()], text[found[0].end() :]
-  words, units = (re.findall(r"[^\W\d_]+", part.lower()) for part in (before, after))
+  words, units = (re.findall(r"[^\W\d_]+", part) for part in (before, after))
   touches = before[-1:].isalpha() or after[:1].isalpha()
-  if touches or _NOT_BESIDE.search(before + after) or SCALES & {*words, *units}:
+  is_variable = len(units) == 1 and len(units[0]) == 1 and units[0] not in UNIT_LETTERS
+  if touches or is_variable or SCALES & {word.lower() for word in (*words, *units)}:
     return None
-  if any(len(word) == 1 and word not in UNIT_LETTERS for word in units):
+  if _NOT_BESIDE.search(before + after) or _JOINED.search(f"{before}#{after}"):
     return None
   return _normal_number(found[0].group())
 

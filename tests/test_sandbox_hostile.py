@@ -208,7 +208,7 @@ RAW = {
   ),
   "threads that never end": (
     "import threading\ndef main(call):\n"
-    "  for _ in range(8): threading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()\n"
+    "  for _ in range(8): threading.Thread(target=lambda: any(iter(int, 1))).start()\n"
     "  while True: pass",
     {"timeout", "memory", "crash"},
   ),
@@ -309,7 +309,7 @@ RAW = {
   ),
   "waiting while running": (
     "import threading\nasync def main(call):\n"
-    "  threading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()\n"
+    "  threading.Thread(target=lambda: any(iter(int, 1)), daemon=True).start()\n"
     "  await call('never')",
     {"policy", "timeout"},
   ),

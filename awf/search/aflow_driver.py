@@ -280,7 +280,7 @@ class AFlowOptimizerWrapper:
     self, told: Mapping[int, float], on_round: Callable[[int, float], None]
   ) -> Mapping[int, float]:
     now = self.scores()
-    for id in now.keys() - told.keys():
+    for id in sorted(now.keys() - told.keys()):
       on_round(id, now[id])
     return {**told, **now}
 

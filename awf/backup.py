@@ -188,6 +188,7 @@ class BackupManager:
     started = time.perf_counter()
     try:
       made = self._make()
+      size = made.path.stat().st_size
     except _Abandoned:
       return
     except (OSError, tarfile.TarError, ValueError) as error:
@@ -198,7 +199,7 @@ class BackupManager:
       self._note_failure(f"{type(error).__name__}: {error}")
       return
     self._failed_at = 0.0
-    seconds, size = time.perf_counter() - started, made.path.stat().st_size
+    seconds = time.perf_counter() - started
     log.info(
       "backup: checkpoint %d in %s (%.1f MB, %.1f s, verified)",
       made.step, made.path.parent, size / 1e6, seconds,

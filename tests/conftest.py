@@ -46,6 +46,10 @@ WARNINGS = (
   "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
   # jax and orbax on os.fork() of libraries that they start themselves.
   "ignore:os.fork\\(\\) was called:RuntimeWarning",
+  # Both workers and their children share one compilation cache, and jax writes it in place: an
+  # entry read meanwhile, or left cut by a killed child, is only compiled once more. So is a
+  # program for a chip that is not here.
+  "ignore:Error reading persistent compilation cache:UserWarning",
 )
 
 

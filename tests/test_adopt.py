@@ -20,7 +20,7 @@ from awf.workflow.contract import PRELOAD
 
 @pytest.fixture(scope="module")
 def sandbox():
-  with Sandbox(SandboxConfig(preload_numeric=False), preload=PRELOAD) as box:
+  with Sandbox(SandboxConfig(preload_numeric=False, wall_seconds=600.0), preload=PRELOAD) as box:
     yield box
 
 

@@ -87,7 +87,7 @@ def wait_for(holds, seconds=120):
 def is_running(pid):
   try:
     state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-  except FileNotFoundError:
+  except (FileNotFoundError, ProcessLookupError):
     return False
   return state != "Z"
 

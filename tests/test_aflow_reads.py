@@ -65,7 +65,9 @@ print("RESULT" + json.dumps({
 def searched(tmp_path_factory):
   root = tmp_path_factory.mktemp("run")
   fields = {"parents": 1, "group_size": 3, "full_top": 2, "problems": PROBLEMS[:6]}
-  with Sandbox(SandboxConfig(preload_numeric=False), preload=PRELOAD) as sandbox:
+  with Sandbox(
+    SandboxConfig(preload_numeric=False, wall_seconds=600.0), preload=PRELOAD
+  ) as sandbox:
     search = make_search(sandbox, root / "workspace", in_order(REPLIES), **fields)
     run_rounds(search, 2)
   return search, root
@@ -136,7 +138,9 @@ def test_what_it_writes_is_continued(tmp_path):
   assert ask_aflow(tmp_path, WRITER) == 6
   import_workspace(tmp_path / "theirs", tmp_path / "workspace", "AIME")
   fields = {"parents": 1, "group_size": 3, "full_top": 1, "problems": PROBLEMS[:6]}
-  with Sandbox(SandboxConfig(preload_numeric=False), preload=PRELOAD) as sandbox:
+  with Sandbox(
+    SandboxConfig(preload_numeric=False, wall_seconds=600.0), preload=PRELOAD
+  ) as sandbox:
     search = make_search(sandbox, tmp_path / "workspace", in_order(REPLIES), **fields)
     run_rounds(search, 1)
   for id, (source, father, score) in enumerate(zip(sources, fathers, scores, strict=True), 1):

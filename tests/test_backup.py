@@ -255,14 +255,40 @@ def test_a_target_that_vanishes_is_one_warning_and_is_not_made_again(
 ):
   save(workdir, 1)
   with BackupManager(config, workdir) as manager:
-    until(lambda: steps(manager) == [1])
+    until(lambda: read_status(workdir).get("step") == 1)
     (tmp_path / "target").rename(tmp_path / "elsewhere")
     save(workdir, 2)
-    until(lambda: read_status(workdir)["failures"] >= 2)
+    until(lambda: read_status(workdir).get("failures", 0) >= 2)
     assert not (tmp_path / "target").exists() and "is gone" in read_status(workdir)["failed"]
     (tmp_path / "elsewhere").rename(tmp_path / "target")
     until(lambda: steps(manager) == [2, 1])
   assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
+
+
+def test_a_snapshot_gone_before_it_is_measured_is_one_more_failure(
+  config, workdir, fast, monkeypatch
+):
+  make = BackupManager._make
+
+  def lost(self):
+    made = make(self)
+    made.path.unlink()
+    return made
+
+  monkeypatch.setattr(BackupManager, "_make", lost)
+  save(workdir, 1)
+  with BackupManager(config, workdir) as manager:
+    until(lambda: read_status(workdir).get("failures", 0) >= 1)
+    monkeypatch.undo()
+    until(lambda: read_status(workdir).get("step") == 1)
+    assert steps(manager) == [1]
+
+
+def let_go(part):
+  """Reads a FIFO that the backup's thread writes, or is about to: it finds that nobody waits."""
+  file = os.open(part, os.O_RDONLY | os.O_NONBLOCK)  # a thread that ends first opens it never
+  until(lambda: "backup" not in {t.name for t in threading.enumerate()}, "the thread's end")
+  os.close(file)
 
 
 def test_a_hanging_target_delays_only_the_backup(config, workdir, fast, caplog):
@@ -273,13 +299,12 @@ def test_a_hanging_target_delays_only_the_backup(config, workdir, fast, caplog):
     os.mkfifo(manager.folder / ".part")
     save(workdir, 1)
     until(lambda: manager._seen is not None)
-    for step in (2, 3):  # the run goes on
-      save(workdir, step)
+    for step in (2, 3):  # the run goes on; what the thread is about to read stays
+      save(workdir, step, keep=9)
     started = time.monotonic()
   assert time.monotonic() - started < 30.0
   assert "is not finished after 0.5 s; there is none" in caplog.text
-  with open(manager.folder / ".part", "rb"):  # lets the thread go: it finds that nobody waits
-    until(lambda: "backup" not in {t.name for t in threading.enumerate()}, "the thread's end")
+  let_go(manager.folder / ".part")
   assert steps(manager) == []
 
 
@@ -334,7 +359,7 @@ def test_a_run_ends_well_beside_a_target_that_hangs(text, tmp_path, capsys, capl
   """Through the command line: exit code 0, the figures, and one warning."""
   argv = sft_argv(
     text, tmp_path / "run", "--config.sft.steps=2", "--config.sft.log_every=1",
-    f"--config.backup.path={tmp_path / 'target'}", "--config.backup.wait=1",
+    f"--config.backup.path={tmp_path / 'target'}",
   )  # fmt: skip
   assert run(*argv) == 0
   (folder,) = (tmp_path / "target").iterdir()
@@ -343,11 +368,10 @@ def test_a_run_ends_well_beside_a_target_that_hangs(text, tmp_path, capsys, capl
     old.unlink()
   os.mkfifo(folder / ".part")
   capsys.readouterr()
-  assert run(*argv) == 0
+  assert run(*argv, "--config.backup.wait=1") == 0
   assert json.loads(capsys.readouterr().out)["steps"] == 2
   assert caplog.text.count("is not finished after 1 s") == 1
-  with open(folder / ".part", "rb"):
-    until(lambda: "backup" not in {t.name for t in threading.enumerate()})
+  let_go(folder / ".part")
 
 
 def die_once_backed_up(rollouts):

@@ -11,9 +11,6 @@ from awf.hlo_cost import count_module
 from awf.plan_target import find_target
 from awf.sharding import abstract, make_mesh, replicated
 
-# A program for a chip that is not here is written to the cache but cannot be read back.
-pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
-
 TARGETS = ("cpu", "v5e-1") if importlib.util.find_spec("libtpu") else ("cpu",)
 
 

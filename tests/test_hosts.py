@@ -1,8 +1,10 @@
 """Several processes on this machine as one run: the numbers of one process, one writer, no hang."""
 
 import asyncio
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -40,9 +42,12 @@ FAST_COMPILE = {"XLA_FLAGS": XLA_FLAGS}
 
 
 def free_port():
-  with socket.socket() as sock:
-    sock.bind(("127.0.0.1", 0))
-    return sock.getsockname()[1]
+  """One that the kernel gives to nobody else before it is used (they start at 32,768)."""
+  while True:
+    port = random.SystemRandom().randrange(12_000, 32_000)
+    with socket.socket() as sock, contextlib.suppress(OSError):
+      sock.bind(("127.0.0.1", port))
+      return port
 
 
 def start(commands, folder, envs=None):

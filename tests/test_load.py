@@ -49,18 +49,20 @@ def write_zeros(folder, config, shard_bytes):
   )
 
 
-CHILD = """
-import resource, sys
+CHILD = r"""
+import re, sys
 import jax
 from awf.qwen import hf
 from awf.qwen.config import QwenConfig
 from awf.qwen.quant import QuantConfig, num_bytes
+def peak_bytes():  # since this program began; ru_maxrss counts its parent's too
+  with open("/proc/self/status") as f:
+    return int(re.search(r"VmHWM:\s+(\d+) kB", f.read())[1]) * 1024
 jax.block_until_ready(jax.device_put(jax.numpy.zeros(8)))
 config = QwenConfig(**eval(sys.argv[2]))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak_bytes()
 params = hf.load_params(sys.argv[1], config, "bfloat16", quant=QuantConfig(sys.argv[3]))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(peak - before, num_bytes(params))
+print(peak_bytes() - before, num_bytes(params))
 """
 
 

@@ -34,7 +34,7 @@ GOLDEN = Path(__file__).parent / "golden" / "search_tree.json"
 
 @pytest.fixture(scope="module")
 def sandbox():
-  with Sandbox(SandboxConfig(preload_numeric=False), preload=PRELOAD) as box:
+  with Sandbox(SandboxConfig(preload_numeric=False, wall_seconds=600.0), preload=PRELOAD) as box:
     yield box
 
 

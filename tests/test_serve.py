@@ -317,13 +317,13 @@ def long(n):
 
 def test_a_client_that_leaves_cancels_its_rows(client, http):
   before = engine_counts(http)["cancelled_total"]
-  with chat(client, stream=True, **long(8)) as stream:
+  with chat(client, stream=True, **long(128)) as stream:
     for chunk in stream:
       if chunk.choices[0].delta.content:
         break
   wait_until(http, lambda x: x["running"] == 0 and x["cancelled_total"] == before + 1)
   with pytest.raises(openai.APITimeoutError):
-    chat(client.with_options(timeout=0.3), **long(16))
+    chat(client.with_options(timeout=1.0), **long(128))
   found = wait_until(http, lambda x: x["running"] == 0 and x["cancelled_total"] == before + 2)
   assert found["clients_gone_total"] >= 2
   assert chat(client, temperature=0).choices[0].message.content

@@ -35,9 +35,9 @@ with show(handler, is_quiet="--quiet" in sys.argv):
     log.info("a line of the log")
     print("[red]a stray line", file=sys.stderr)
     load.advance(5e8)
-    time.sleep(0.7)
+    time.sleep(3)
     rounds.advance(best=0.51234, nodes=7)
-    time.sleep(0.7)
+    time.sleep(3)
   log.warning("a warning")
 print('{"done": true}')
 """

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,14 @@ def pytest_configure(config):
   setup_jax()
   if len(jax.devices()) != 8:
     raise RuntimeError(f"expected 8 virtual CPU devices, got {jax.devices()}")
+
+
+def until(condition, what="it", seconds=600):
+  """Waits for what another thread or process does; machines stand still for a while."""
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline, f"{what} did not come"
+    time.sleep(0.005)
 
 
 def is_quick(item):

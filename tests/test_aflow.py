@@ -12,11 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, until
 from test_report import data_of
 
 from awf import cli
@@ -77,13 +76,6 @@ def drive(wrapper, should_stop=lambda: False):
   return ended, told
 
 
-def wait_for(holds, seconds=120):
-  end = time.monotonic() + seconds
-  while not holds():
-    assert time.monotonic() < end
-    time.sleep(0.1)
-
-
 def is_running(pid):
   try:
     state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -98,7 +90,7 @@ def test_a_stop_ends_it_and_all_that_it_started(tmp_path):
   ended, told = drive(wrapper, lambda: bool(wrapper.scores()))
   assert ended is False and told == {1: 0.5}
   pid = int((wrapper.folder / "pids").read_text())
-  wait_for(lambda: not is_running(pid))
+  until(lambda: not is_running(pid))
   assert "working" in wrapper.log.read_text()
 
 
@@ -118,9 +110,9 @@ def test_it_does_not_outlive_a_killed_run(tmp_path):
   argv = [sys.executable, "-c", DRIVE, str(tmp_path), str(ROOT / "tests")]
   pids = tmp_path / "run" / "aflow" / "pids"
   with subprocess.Popen(argv, cwd=ROOT) as process:
-    wait_for(lambda: pids.is_file() and pids.read_text())
+    until(lambda: pids.is_file() and pids.read_text())
     process.kill()
-  wait_for(lambda: not is_running(int(pids.read_text())))
+  until(lambda: not is_running(int(pids.read_text())))
 
 
 def test_its_failure_is_one_line(tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import until
 from kill_run import Run
 from small_run import differences
 from test_cli import run, sft_argv, text  # noqa: F401  a fixture
@@ -56,13 +57,6 @@ def save(workdir, step, numbers=8, keep=2):
   checkpoints = Checkpointer(workdir.checkpoints, keep)
   checkpoints.save(step, {"lora": with_noise}, {"step": step})
   checkpoints.close()
-
-
-def until(condition, what="it"):
-  deadline = time.monotonic() + PATIENCE
-  while not condition():
-    assert time.monotonic() < deadline, f"{what} did not come"
-    time.sleep(0.01)
 
 
 def steps(manager):

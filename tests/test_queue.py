@@ -12,6 +12,7 @@ from concurrent.futures import Future
 import jax
 import numpy as np
 import pytest
+from conftest import until
 from test_sampler import CONTEXT, TINY, check_logprobs, crowd, prompt, random_lora
 from tiny_checkpoint import random_params
 
@@ -49,13 +50,6 @@ def engine(shared_engine):
 def alone(shared_engine):
   """Outputs of LONG and SHORT with nobody beside."""
   return {request: shared_engine.generate([request])[0] for request in (LONG, SHORT)}
-
-
-def wait_for(condition):
-  deadline = time.monotonic() + WAIT
-  while not condition():
-    assert time.monotonic() < deadline
-    time.sleep(0.005)
 
 
 class Gate:
@@ -152,7 +146,7 @@ def test_a_cancelled_asyncio_caller_cancels_its_request(engine, alone):
   kept, results = asyncio.run(run())
   assert kept == alone[SHORT]
   assert all(isinstance(result, asyncio.CancelledError) for result in results)
-  wait_for(lambda: engine.stats()["cancelled"] - before["cancelled"] == 6)
+  until(lambda: engine.stats()["cancelled"] - before["cancelled"] == 6)
   stats = engine.stats()
   assert stats["tokens"] - before["tokens"] == 12
 
@@ -200,7 +194,7 @@ def test_close_in_mid_decode_with_some_called_off():
   futures += [engine.submit(dataclasses.replace(LONG, seed=s)) for s in range(3)]
   blocked = threading.Thread(target=lambda: futures.append(engine.submit(LONG)))
   blocked.start()
-  wait_for(lambda: engine.stats()["waiting"] == 4)  # it has its request in, and waits for a place
+  until(lambda: engine.stats()["waiting"] == 4)  # it has its request in, and waits for a place
   futures[1].cancel()
   engine._inbox.shut()
   gate.go()
@@ -454,7 +448,7 @@ def test_new_adapters_wait_for_the_old_ones_while_the_base_goes_on(engine, alone
   assert (old.result(), new.result()) == tuple(want) and want[0] != want[1]
   # With adapters there the base's rows are computed by the same program as theirs.
   assert [x.token_ids for x in base.result()] == [x.token_ids for x in alone[SHORT]]
-  wait_for(lambda: len(order) == 3)  # a result is there before its callbacks are called
+  until(lambda: len(order) == 3)  # a result is there before its callbacks are called
   assert order == ["base", "old", "new"]
 
 

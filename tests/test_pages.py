@@ -89,6 +89,11 @@ def test_pages_in_use_are_never_taken_and_a_failed_try_leaves_no_trace():
   assert table.num_held == 2
   small = held(table, range(50, 55))
   assert small.next_token == 0, "what the failed try claimed holds nothing"
+  table.release(small)
+  assert table.acquire(key(range(60, 69))) is None
+  small = table.acquire(key(range(50, 55)))
+  assert small.is_ready, "what nobody reads is not given up for nothing"
+  table.release(small)
   table.release(reading)
   assert table.acquire(key([*range(4), 70, 71, 72, 73, 74])).pages[0] == reading.pages[0]
 
@@ -108,25 +113,50 @@ def test_new_adapters_free_what_the_old_ones_made():
 
 def test_any_course_of_events_keeps_every_page_with_one_owner():
   draw = random.Random(0)
-  table, live = PageTable(12, W), []
-  for _ in range(3000):
-    if live and draw.random() < 0.45:
+  table, live, unready = PageTable(12, W), [], []
+  seen = dict.fromkeys(("released", "abandoned", "counted on", "no room", "waited"), 0)
+
+  def finish(prompt):
+    unready.remove(prompt)
+    table.finish(prompt)
+    live.append(prompt)
+
+  for _ in range(5000):
+    if live and draw.random() < 0.4:
       table.release(live.pop(draw.randrange(len(live))))
-      continue
-    length = draw.randint(1, 40)
-    ids = [draw.randint(0, 1) if i % W == 0 else i for i in range(length)]
-    found = table.acquire(key(ids))
-    if found is None:
-      assert live, "with nobody reading there is room for any prompt"
-      continue
-    table.finish(found)
-    live.append(found)
-    for one in live:
+      seen["released"] += 1
+    elif unready and draw.random() < 0.3:
+      one = draw.choice(unready)
+      if one.readers == 1 and draw.random() < 0.5:
+        is_gone = table.abandon(one)
+        seen["abandoned" if is_gone else "counted on"] += 1
+        if is_gone:
+          unready.remove(one)
+      elif table.is_open(one):
+        finish(one)
+      else:
+        seen["waited"] += 1
+    else:
+      length = draw.randint(1, 40)
+      ids = [draw.randint(0, 1) if i % W == 0 else i for i in range(length)]
+      before = dict(table._pages)
+      found = table.acquire(key(ids))
+      if found is None:
+        assert live or unready, "with nobody reading there is room for any prompt"
+        assert dict(table._pages) == before
+        seen["no room"] += 1
+      elif found.readers == 1:
+        (live if found.is_ready else unready).append(found)
+      else:  # of one prompt each that reads it
+        (unready if found in unready else live).append(found)
+    for one in (*live, *unready):
       for i, page in enumerate(one.pages):
         tokens = one.key[0][i * W : min((i + 1) * W, one.known)]
         assert table._by_index[page].name.tokens == tokens
         assert table._by_index[page].readers >= 1
     assert table.num_held + len(table._free) == 12
+    assert table._num_unread == sum(not page.readers for page in table._pages.values())
+  assert all(seen.values()), seen
 
 
 # --- the engine

@@ -17,9 +17,10 @@ from test_sampler import CONTEXT, TINY, check_logprobs, crowd, prompt, random_lo
 from tiny_checkpoint import random_params
 
 from awf.qwen.lora import stack_adapters
-from awf.sampler.engine import Engine, QueueFull, Request
+from awf.sampler.engine import Engine, QueueFull, Request, make_shapes
 from awf.sampler.job import Job, Waiting
-from awf.sampler.pages import PageTable
+from awf.sampler.pages import PageTable, Version
+from awf.sampler.scheduler import Scheduler
 
 PARAMS = random_params(TINY, size=0.3)
 WAIT = 600  # seconds before a test gives up
@@ -481,9 +482,8 @@ def test_a_row_of_the_base_keeps_its_program_when_an_adapter_is_asked_for():
     assert order[0] == "base" and engine.stats()["traces"] == 2
 
 
-def test_adapters_whose_turn_it_is_may_be_looked_past(engine, monkeypatch):
-  """The longest first, and no more than so many: the oldest is not among them."""
-  monkeypatch.setattr("awf.sampler.scheduler.MOST_STUCK", 2)
+def test_adapters_whose_turn_it_is_may_be_looked_past(engine):
+  """The longest first: the oldest is not the first that is looked at."""
   gate, futures = Gate(), []
   for seed, new in ((2, 200), (3, 5), (4, 20), (4, 20)):
     if seed != 4 or len(futures) == 2:
@@ -494,6 +494,21 @@ def test_adapters_whose_turn_it_is_may_be_looked_past(engine, monkeypatch):
   gate.go()
   for future in futures:
     future.result(timeout=WAIT)
+
+
+def test_many_that_wait_for_new_adapters_let_the_base_pass():
+  shapes = make_shapes(TINY, 8, CONTEXT, prefill_rows=2, steps=6)
+  scheduler = Scheduler(shapes, CONTEXT)
+  old, new = Version(1, 1), Version(2, 1)
+  running = Job(dataclasses.replace(LONG, adapter=1), Future(), old)
+  base = Job(SHORT, Future(), old)
+  several = [Job(dataclasses.replace(SHORT, adapter=1), Future(), new) for _ in range(300)]
+  for i, one in enumerate([running, *several, base]):
+    one.number = i
+    scheduler.waiting.add(one)
+    scheduler.plan(new)
+  assert [s.job for s in scheduler.rows if s] == [running, base]
+  assert scheduler.version == old
 
 
 def test_rows_decode_while_a_long_prompt_is_filled(engine, monkeypatch):

@@ -62,6 +62,7 @@ class PageTable:
     self._pages: collections.OrderedDict[_Name, _Page] = collections.OrderedDict()
     self._by_index: dict[int, _Page] = {}
     self._live: dict[PromptKey, Prompt] = {}
+    self._num_unread = 0
 
   @property
   def num_held(self) -> int:
@@ -80,21 +81,27 @@ class PageTable:
       return prompt
     ids, adapter, version = key
     known = len(ids) - 1
+    places = range(0, known, self.width)
+
+    def name(start: int) -> _Name:
+      parent = held[-1].index if held else -1
+      return _Name((adapter, version), parent, ids[start : min(start + self.width, known)])
+
     held: list[_Page] = []
-    there = 0  # tokens found
-    for start in range(0, known, self.width):
-      tokens = ids[start : min(start + self.width, known)]
-      name = _Name((adapter, version), held[-1].index if held else -1, tokens)
-      page = self._pages.get(name) if there == start else None
-      if page is not None:
-        there += len(name.tokens)
-      else:
-        page = self._claim(name)
+    for start in places:
+      page = self._pages.get(name(start))
       if page is None:
-        self._undo(held, there)
-        return None
-      page.readers += 1
+        break
       held.append(page)
+    room = len(self._free) + self._num_unread - sum(not page.readers for page in held)
+    if len(places) - len(held) > room:
+      return None  # and what is kept for others stays
+    there = min(len(held) * self.width, known)  # tokens found
+    for page in held:
+      self._num_unread -= not page.readers
+      page.readers += 1
+    for start in places[len(held) :]:
+      held.append(self._claim(name(start)))
     for page in reversed(held):  # the first page is the most recent: it is evicted last
       self._pages.move_to_end(page.name)
     is_ready = all(page.is_filled for page in held)
@@ -133,7 +140,9 @@ class PageTable:
     if prompt.readers == 0:
       del self._live[prompt.key]
       for index in prompt.pages:
-        self._by_index[index].readers -= 1
+        page = self._by_index[index]
+        page.readers -= 1
+        self._num_unread += not page.readers
 
   def forget(self, *kept: Version | None) -> None:
     """Frees the pages that adapters of other versions made; those still read go later.
@@ -145,23 +154,16 @@ class PageTable:
       if not page.readers:
         self._evict(page)
 
-  def _claim(self, name: _Name) -> _Page | None:
+  def _claim(self, name: _Name) -> _Page:
+    """A place for a page that has a reader; there is one."""
     if not self._free:
-      unread = next((page for page in self._pages.values() if not page.readers), None)
-      if unread is None:
-        return None
-      self._evict(unread)
-    page = _Page(self._free.pop(), name)
+      self._evict(next(page for page in self._pages.values() if not page.readers))
+    page = _Page(self._free.pop(), name, readers=1)
     self._pages[name] = self._by_index[page.index] = page
     return page
 
-  def _undo(self, held: list[_Page], there: int) -> None:
-    """Takes back a try that found no place; what it had claimed holds nothing."""
-    for i, page in enumerate(held):
-      page.readers -= 1
-      if i * self.width >= there:
-        self._evict(page)
-
   def _evict(self, page: _Page) -> None:
+    """Frees the place of a page without readers."""
+    self._num_unread -= 1
     del self._pages[page.name], self._by_index[page.index]
     self._free.append(page.index)

@@ -27,7 +27,7 @@ from awf.sampler.pages import BASE, PageTable, Prompt, Version
 from awf.sampler.request import MAX_STOP_IDS, FinishReason, Part
 from awf.sampler.text import Decode
 
-MOST_STUCK = 16  # jobs without a place that a plan looks past
+MOST_SEARCHES = 64  # jobs without pages that a plan looks past
 
 
 class Scheduler:
@@ -120,24 +120,25 @@ class Scheduler:
   def _admit_all(self) -> None:
     """Gives rows to those whose turn it is, as far as there are rows and pages."""
     stuck: dict[Job, None] = {}
+    searches = 0  # in vain
     while None in self.rows:
       for job in self.waiting.turns(stuck):
-        if self._admit(job, stuck):
-          break
+        if self._fits_adapters(job):
+          if self._admit(job, stuck):
+            break
+          searches += 1
+          if searches == MOST_SEARCHES:
+            return
         stuck[job] = None
-        if len(stuck) == MOST_STUCK:
-          return
       else:
         return
 
   def _admit(self, job: Job, stuck: dict[Job, None]) -> bool:
-    """Gives the next completion of a job a row and its prompt's pages, if there are any."""
-    row = self._choose_row(job)
-    if row is None or not self._fits_adapters(job):
-      return False
+    """Gives the next completion of a job a row, and its prompt pages if there are any."""
     prompt = self.pages.acquire(job.prompt_key)
     if prompt is None:
       return False
+    row = self._choose_row(job)
     is_new = prompt.readers == 1
     if is_new and (not prompt.is_ready or not prompt.known):
       self.prompt_misses += 1
@@ -176,12 +177,13 @@ class Scheduler:
     self.pages.forget(*([None] if is_alike else []), version)
     return True
 
-  def _choose_row(self, job: Job) -> int | None:
+  def _choose_row(self, job: Job) -> int:
     """A free row in the group whose longest completion is nearest: it shares a trip count."""
+    first_free = self.rows.index(None)
     if self._is_packed:
-      return self.rows.index(None) if None in self.rows else None
+      return first_free
     length = job.request.max_new_tokens // 2
-    best, best_cost = None, None
+    best, best_cost = first_free, None
     group = self.shapes.group
     for first in range(0, self.shapes.rows, group):
       free, longest = None, 0

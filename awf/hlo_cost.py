@@ -170,17 +170,18 @@ class _Walker:
 
   def _walk_branches(self, x: Instruction, branches, times, loops) -> None:
     """One branch counts: the dearest, unless the caller knows that it is not taken."""
-    before, found = len(self.ops), []
+    before, found = (self.ops, self.unknown_loops, self.unknown_calls), []
     for branch in branches:
+      self.ops, self.unknown_loops, self.unknown_calls = [], [], list(before[2])
       self.walk(branch, times, loops)
-      found.append(self.ops[before:])
-      self.ops = self.ops[:before]
+      found.append((self.ops, self.unknown_loops, self.unknown_calls))
 
-    def weight(ops: list[Op]) -> float:
-      return sum(o.times * (o.num_bytes + o.flops + o.elementwise) for o in ops)
+    def weight(branch: tuple[list[Op], list[str], list[str]]) -> float:
+      return sum(o.times * (o.num_bytes + o.flops + o.elementwise) for o in branch[0])
 
     choose = min if self.taken(x.op_name) is False else max
-    self.ops += choose(found, key=weight) if found else []
+    ops, unknown, calls = choose(found, key=weight) if found else ([], [], before[2])
+    self.ops, self.unknown_loops, self.unknown_calls = before[0] + ops, before[1] + unknown, calls
 
   def _op(self, computation, x: Instruction, times, loops) -> Op:
     flops, elementwise = self._arithmetic(computation, x)

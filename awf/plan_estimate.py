@@ -42,8 +42,9 @@ def count_program(
     "greedy": config.sampler.temperature <= 0 or config.executor.temperature <= 0,
   }
   is_special = any(taken.values())
-  # The second log-prob, which training does not ask for, and the branch around all of these.
-  taken |= {"full_logp": False, "special": is_special}
+  # The second log-prob and the likeliest tokens, which training does not ask for, and the branch
+  # around all of these but the latter.
+  taken |= {"full_logp": False, "likeliest": False, "special": is_special}
 
   def is_taken(op_name: str) -> bool | None:
     return next((v for k, v in taken.items() if f"/{k}/" in op_name), None)

@@ -223,7 +223,7 @@ def watched_counts(engine, call):
   seen, run = [], engine.device.run
 
   def watch(lora, work, *rest):
-    seen.append(tuple(int(x) for x in work.counts_5[1:3]))
+    seen.append(tuple(int(x) for x in work.counts_6[1:3]))
     return run(lora, work, *rest)
 
   with pytest.MonkeyPatch.context() as patch:

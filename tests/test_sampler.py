@@ -534,11 +534,9 @@ def test_likeliest_tokens_are_those_of_a_full_forward_and_cost_nobody_else_a_bit
   ]  # fmt: skip
   with make_engine(TINY, params, rows=8) as own:
     (alone,) = own.generate([plain])
-    assert own.stats()["traces"] == 1, "nobody has asked"
     (among, *found) = own.generate([plain, *asking])
-    assert own.stats()["traces"] == 2
     again = own.generate([dataclasses.replace(r, top_logprobs=0) for r in asking])
-    assert own.stats()["traces"] == 2
+    assert own.stats()["traces"] == 1, "one program, whoever asks"
   assert among == alone and not any(output.top_logprobs for output in among)
   for request, (output,), (without,) in zip(asking, found, again, strict=True):
     assert dataclasses.replace(output, top_logprobs=()) == without

@@ -18,7 +18,7 @@ from awf.qwen.model import Attend, Qwen, head
 from awf.sampler import kernels
 from awf.sampler.cache import Cache, CacheSizes, Sharing, decode_attend, prefill_attend
 from awf.sampler.draw import draw, likeliest, uniforms
-from awf.sampler.request import MAX_STOP_IDS, Top
+from awf.sampler.request import MAX_STOP_IDS, MOST_TOP, Top
 from awf.types import ArrayT
 
 IDLE, RUNNING, STOPPED, FULL = 0, 1, 2, 3  # status of a row
@@ -53,7 +53,6 @@ class Shapes:
   stall: int  # most prompt tokens of a dispatch in which rows decode
   is_pinned: bool = False  # one memory layout of the cache in all parts, for TPUs
   splits: int = 0  # of a row's keys in awf.sampler.kernels, for GPUs; 0: awf.sampler.cache attends
-  top: int = 0  # K, likeliest tokens of each step that come back too
 
   def __post_init__(self) -> None:
     if self.page % self.block:
@@ -83,14 +82,15 @@ class Work(Generic[ArrayT]):
   prompt_A: ArrayT  # int32 [rows], prompt of each share group
   row_L: ArrayT  # int32 [rows], rows that read their prompt alone
   prompt_L: ArrayT  # int32 [rows], prompt of each of these
-  # int32 [5]: prefill calls, share groups, lone rows, decode steps, finished rows that end the loop
-  counts_5: ArrayT
+  # int32 [6]: prefill calls, share groups, lone rows, decode steps, finished rows that end the
+  # loop, whether the likeliest tokens are wanted
+  counts_6: ArrayT
 
   def rows_used(self) -> int:
     """First rows, prompts and share groups that hold all there is to do."""
     running = np.flatnonzero(np.asarray(self.table_BX)[:, COLUMN["status"]] == RUNNING)
     prompts = np.flatnonzero(np.asarray(self.known_S))
-    return max(1, *(int(x[-1]) + 1 for x in (running, prompts) if len(x)), *self.counts_5[1:3])
+    return max(1, *(int(x[-1]) + 1 for x in (running, prompts) if len(x)), *self.counts_6[1:3])
 
   def first_rows(self, rows: int) -> Work[ArrayT]:
     """The same for a program of fewer rows; padding, which named row B, lies beyond them still."""
@@ -99,11 +99,15 @@ class Work(Generic[ArrayT]):
 
   def only_prefill(self) -> Work[ArrayT]:
     """The same without decode steps."""
-    return dataclasses.replace(self, counts_5=self.counts_5 * np.asarray([1, 1, 1, 0, 1], np.int32))
+    return dataclasses.replace(
+      self, counts_6=self.counts_6 * np.asarray([1, 1, 1, 0, 1, 1], np.int32)
+    )
 
   def only_decode(self) -> Work[ArrayT]:
     """The same without prefill calls."""
-    return dataclasses.replace(self, counts_5=self.counts_5 * np.asarray([0, 1, 1, 1, 1], np.int32))
+    return dataclasses.replace(
+      self, counts_6=self.counts_6 * np.asarray([0, 1, 1, 1, 1, 1], np.int32)
+    )
 
 
 def empty_work(shapes: Shapes) -> Work[np.ndarray]:
@@ -120,7 +124,7 @@ def empty_work(shapes: Shapes) -> Work[np.ndarray]:
     np.zeros(shapes.rows, np.int32),
     np.full(shapes.rows, shapes.rows, np.int32),
     np.zeros(shapes.rows, np.int32),
-    np.zeros(5, np.int32),
+    np.zeros(6, np.int32),
   )
 
 
@@ -177,12 +181,12 @@ def _prefill(
       attend = prefill_attend(prompt_P, start_P, work.pages_SC, shapes.is_pinned)
     return _forward(model, (params, lora), tokens_PT, position_PT, attend, cache, adapter_P)[1]
 
-  return jax.lax.fori_loop(0, work.counts_5[0], call, cache)
+  return jax.lax.fori_loop(0, work.counts_6[0], call, cache)
 
 
 def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work: Work[jax.Array]):
   """Runs decode steps until the step count, all rows at rest, or enough rows finished."""
-  model = Qwen(config)
+  model, top = Qwen(config), min(MOST_TOP, config.vocab_size)
   table = work.table_BX
 
   def column(name):
@@ -200,8 +204,8 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
   uniform_SB = jax.vmap(uniforms, (None, None, 0))(seed_B2, column("sample"), index_SB)
   num_started = jnp.sum(column("status") == RUNNING)
   sharing = Sharing(
-    work.pages_SC, work.known_S, work.rows_AM, work.prompt_A, work.counts_5[1], work.row_L,
-    work.prompt_L, work.counts_5[2],
+    work.pages_SC, work.known_S, work.rows_AM, work.prompt_A, work.counts_6[1], work.row_L,
+    work.prompt_L, work.counts_6[2],
   )  # fmt: skip
   prompts: tuple[jax.Array, ...] = ()
   if shapes.splits:
@@ -210,13 +214,13 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
     prompts = pages_BC, known_B, jnp.argsort(length_B, descending=True)
 
   def is_going(carry):
-    i, _, rows, _ = carry
+    i, _, rows, *_ = carry
     num_running = jnp.sum(rows.status_B == RUNNING)
-    is_wanted = num_started - num_running < work.counts_5[4]
-    return (i < work.counts_5[3]) & (num_running > 0) & is_wanted
+    is_wanted = num_started - num_running < work.counts_6[4]
+    return (i < work.counts_6[3]) & (num_running > 0) & is_wanted
 
   def step(carry):
-    i, cache, rows, out_SXB = carry
+    i, cache, rows, out_S3B, top_SXB = carry
     is_running_B = rows.status_B == RUNNING
     if shapes.splits:
       attend = kernels.decode_attend(rows.made_B, is_running_B, *prompts, splits=shapes.splits)
@@ -243,36 +247,45 @@ def _decode(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work
     status_B = jnp.where(made_B >= column("limit"), FULL, RUNNING)
     status_B = jnp.where(jnp.any(id_B[:, None] == stop_BX, axis=-1), STOPPED, status_B)
     bits_2B = jax.lax.bitcast_convert_type(jnp.stack([logp_B, full_B]), jnp.int32)
-    drawn_XB = jnp.concatenate([id_B[None], bits_2B])
-    if shapes.top:
-      id_KB, logp_KB = likeliest(logits_BV, temperature_B, shapes.top)
-      bits_KB = jax.lax.bitcast_convert_type(logp_KB, jnp.int32)
-      drawn_XB = jnp.concatenate([drawn_XB, id_KB, bits_KB])
-    out_SXB = jax.lax.dynamic_update_index_in_dim(out_SXB, drawn_XB, i, 0)
+    drawn_3B = jnp.concatenate([id_B[None], bits_2B])
+    out_S3B = jax.lax.dynamic_update_index_in_dim(out_S3B, drawn_3B, i, 0)
+
+    def find_likeliest(logits_BV):
+      id_KB, logp_KB = likeliest(logits_BV, temperature_B, top)
+      return jnp.concatenate([id_KB, jax.lax.bitcast_convert_type(logp_KB, jnp.int32)])
+
+    def find_nothing(logits_BV):
+      return jnp.zeros((2 * top, logits_BV.shape[0]), jnp.int32)
+
+    with jax.named_scope("likeliest"):
+      is_wanted = work.counts_6[5] > 0
+      found_XB = jax.lax.cond(is_wanted, find_likeliest, find_nothing, logits_BV)
+    top_SXB = jax.lax.dynamic_update_index_in_dim(top_SXB, found_XB, i, 0)
     rows = Rows(
       jnp.where(is_running_B, id_B, rows.token_B),
       jnp.where(is_running_B, rows.position_B + 1, rows.position_B),
       jnp.where(is_running_B, status_B, rows.status_B),
       jnp.where(is_running_B, made_B, rows.made_B),
     )
-    return i + 1, cache, rows, out_SXB
+    return i + 1, cache, rows, out_S3B, top_SXB
 
   rows = Rows(column("token"), column("position"), column("status"), column("made"))
-  out_SXB = jnp.zeros((shapes.steps, 3 + 2 * shapes.top, shapes.rows), jnp.int32)
-  steps, cache, rows, out_SXB = jax.lax.while_loop(
-    is_going, step, (jnp.int32(0), cache, rows, out_SXB)
+  out_S3B = jnp.zeros((shapes.steps, 3, shapes.rows), jnp.int32)
+  top_SXB = jnp.zeros((shapes.steps, 2 * top, shapes.rows), jnp.int32)
+  steps, cache, rows, out_S3B, top_SXB = jax.lax.while_loop(
+    is_going, step, (jnp.int32(0), cache, rows, out_S3B, top_SXB)
   )
   tail = jnp.stack([rows.status_B, rows.made_B, jnp.full_like(rows.made_B, steps)])
-  return cache, jnp.concatenate([out_SXB.reshape(-1, shapes.rows), tail])
+  return cache, jnp.concatenate([out_S3B.reshape(-1, shapes.rows), tail]), top_SXB
 
 
 def dispatch(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, work: Work[jax.Array]):
   """Prefills prompts into their pages, then decodes.
 
   Returns:
-    (cache, int32 [(3 + 2K) * steps + 3, B]: for each step ids, bits of log-probs as drawn and
-    before the cut, ids and bits of log-probs of the K likeliest; then status, tokens made, steps
-    run).
+    (cache, int32 [3 * steps + 3, B], int32 [steps, 2K, B]): for each step ids and bits of log-probs
+    as drawn and before the cut, then status, tokens made, steps run; ids and bits of log-probs of
+    the K likeliest of each step, or zeros where nobody wants them.
   """
   # The names tell the parts of the compiled program apart (awf.plan).
   with jax.named_scope("prefill"):
@@ -282,7 +295,7 @@ def dispatch(config: QwenConfig, shapes: Shapes, params, lora, cache: Cache, wor
 
 
 def compile_dispatch(config: QwenConfig, shapes: Shapes, on_trace=None):
-  """The jitted `dispatch` of one engine: (params, lora, cache, work) -> (cache, packed).
+  """The jitted `dispatch` of one engine: (params, lora, cache, work) -> (cache, packed, likeliest).
 
   The cache is donated: no second copy of it exists, and no copy of a layer's part is made inside.
   `on_trace` is called once per trace, so that tests can count them.
@@ -302,7 +315,7 @@ class Drawn(NamedTuple):
   ids_SB: np.ndarray
   logp_SB: np.ndarray  # as drawn
   full_SB: np.ndarray  # before the cut, where it was wanted
-  top_id_SKB: np.ndarray  # K = 0 unless the program gives them
+  top_id_SKB: np.ndarray  # K = 0 where nobody wants them
   top_logp_SKB: np.ndarray  # before the cut
   status_B: np.ndarray
   made_B: np.ndarray  # tokens drawn so far, those of earlier dispatches included
@@ -322,14 +335,16 @@ class Drawn(NamedTuple):
     ]
 
 
-def unpack(packed: np.ndarray, steps: int) -> Drawn:
-  """Splits the packed result."""
-  drawn_SXB = packed[:-3].reshape(steps, -1, packed.shape[-1])
-  top = (drawn_SXB.shape[1] - 3) // 2
-  floats_SXB = drawn_SXB.view(np.float32)
+def unpack(packed: np.ndarray, top_SXB: np.ndarray | None, steps: int) -> Drawn:
+  """Splits the packed result and the likeliest tokens, if these were wanted."""
+  drawn_S3B = packed[:-3].reshape(steps, 3, packed.shape[-1])
+  floats_S3B = drawn_S3B.view(np.float32)
+  if top_SXB is None:
+    top_SXB = np.zeros((steps, 0, packed.shape[-1]), np.int32)
+  top = top_SXB.shape[1] // 2
   return Drawn(
-    drawn_SXB[:, 0], floats_SXB[:, 1], floats_SXB[:, 2], drawn_SXB[:, 3 : 3 + top],
-    floats_SXB[:, 3 + top :], packed[-3], packed[-2], int(packed[-1, 0]),
+    drawn_S3B[:, 0], floats_S3B[:, 1], floats_S3B[:, 2], top_SXB[:, :top],
+    top_SXB[:, top:].view(np.float32), packed[-3], packed[-2], int(packed[-1, 0]),
   )  # fmt: skip
 
 

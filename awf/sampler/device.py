@@ -13,7 +13,6 @@ import numpy as np
 from awf.qwen.config import QwenConfig
 from awf.sampler.cache import LayerCache, init_cache
 from awf.sampler.decode import Shapes, Work, compile_dispatch
-from awf.sampler.request import MOST_TOP
 
 FEW = 4  # fast mode: a second program for one in FEW of the rows
 
@@ -101,30 +100,31 @@ class Device:
       self._programs[shapes] = compile_dispatch(self._config, shapes, self._count_trace)
     return self._programs[shapes]
 
-  def run(self, lora: Any, work: Work[np.ndarray], has_top: bool = False) -> np.ndarray:
+  def run(self, lora: Any, work: Work[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
     """One dispatch; waits for its packed result, which may hold the first rows alone.
 
     Args:
       lora: stacked adapters, or None.
       work: what to do.
-      has_top: the MOST_TOP likeliest tokens of each step come back too, by a program of its own,
-        compiled when it is first asked for.
+
+    Returns:
+      (packed result, the likeliest tokens where they are wanted), as `dispatch` gives them.
     """
     used = work.rows_used()
     shapes = next(size for size in self._sizes if size.rows >= used)
-    top = min(MOST_TOP, self._config.vocab_size) if has_top else 0
-    program = self._program(dataclasses.replace(shapes, top=top))
+    program = self._program(shapes)
     if shapes.rows < len(work.table_BX):
       work = work.first_rows(shapes.rows)
     stages = [("busy_seconds", work)]
     if self.is_split:
       parts = work.only_prefill(), work.only_decode()
       stages = list(zip(("prefill_seconds", "decode_seconds"), parts, strict=True))
-    packed = np.zeros(0)
+    packed, top = np.zeros(0), None
     for name, part in stages:
       began = time.perf_counter()
-      self._cache, packed = program(self._params, lora, self._cache, part)
-      packed = np.asarray(packed)  # the one copy to the host; waits for the device
+      self._cache, packed, top = program(self._params, lora, self._cache, part)
+      packed = np.asarray(packed)  # copied to the host; waits for the device
+      top = np.asarray(top) if part.counts_6[5] else None
       seconds = time.perf_counter() - began
       self.counts[name] += seconds
       self.counts["busy_seconds"] += seconds if self.is_split else 0.0
@@ -132,4 +132,4 @@ class Device:
     self.counts["dispatches"] += 1
     self.counts["steps"] += steps
     self.counts["row_slots"] += steps * shapes.rows
-    return packed
+    return packed, top

@@ -387,8 +387,8 @@ class Engine:
     self._drop_old_adapters()
     if work is None:
       return True
-    packed = self.device.run(self._adapters[scheduler.version], work, scheduler.wants_top)
-    parts, done = scheduler.harvest(packed)
+    drawn = self.device.run(self._adapters[scheduler.version], work)
+    parts, done = scheduler.harvest(*drawn)
     for job, part in parts:
       try:
         if not job.is_ended:

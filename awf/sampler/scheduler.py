@@ -61,11 +61,6 @@ class Scheduler:
     return sum(s is not None for s in self.rows)
 
   @property
-  def wants_top(self) -> bool:
-    """Whether a completion in a row wants the likeliest tokens of its places."""
-    return any(s is not None and s.job.request.top_logprobs for s in self.rows)
-
-  @property
   def has_work(self) -> bool:
     return bool(self.waiting or self.num_running or self.unready)
 
@@ -100,7 +95,8 @@ class Scheduler:
     groups, lone = self._list_groups(work, slots)
     work.table_BX = self.table_BX
     may_fill = calls > 0 and not is_decoding
-    work.counts_5[:] = (calls, groups, lone, *self._decode_budget(may_fill))
+    wants_top = any(s is not None and s.job.request.top_logprobs for s in self.rows)
+    work.counts_6[:] = (calls, groups, lone, *self._decode_budget(may_fill), wants_top)
     return work
 
   def _decode_budget(self, may_fill: bool) -> tuple[int, int]:
@@ -321,13 +317,15 @@ class Scheduler:
         group += 1
     return group, lone
 
-  def harvest(self, packed: np.ndarray) -> tuple[list[tuple[Job, Part]], list[Job]]:
+  def harvest(
+    self, packed: np.ndarray, top_SXB: np.ndarray | None
+  ) -> tuple[list[tuple[Job, Part]], list[Job]]:
     """Takes over one dispatch's result.
 
     Returns:
       (what every completion gained, jobs all of whose outputs are there now).
     """
-    drawn = unpack(packed, self.shapes.steps)
+    drawn = unpack(packed, top_SXB, self.shapes.steps)
     parts: list[tuple[Job, Part]] = []
     done: list[Job] = []
     for row, sequence in enumerate(self.rows):

@@ -15,13 +15,20 @@ from awf.sampler.text import TextStream
 from awf.serve_format import Call
 
 
-class Token(NamedTuple):
-  """A drawn token with its log-prob."""
+class Piece(NamedTuple):
+  """A token that was drawn, or might have been."""
 
   text: str
+  bytes: bytes  # of a character, perhaps a part of it
   logprob: float
+
+
+class Token(NamedTuple):
+  """A drawn token and its place."""
+
+  drawn: Piece
   place: int  # in the completion's text, characters
-  top: list[tuple[str, float]]  # the likeliest at its place, if asked for
+  top: list[Piece]  # the likeliest at its place, if asked for
 
 
 @dataclasses.dataclass
@@ -49,8 +56,8 @@ class Choice:
       self.stream.add(token_id)
       if part.full_logprobs:
         top = part.top_logprobs[i] if part.top_logprobs else ()
-        texts = [(self._text(id), logprob) for id, logprob in top]
-        rows.append(Token(self._text(token_id), part.full_logprobs[i], place, texts))
+        drawn = self._piece(token_id, part.full_logprobs[i])
+        rows.append(Token(drawn, place, [self._piece(*one) for one in top]))
     if part.finish_reason is not None:
       self.stream.close()
     end = len(self.stream.text)
@@ -62,8 +69,9 @@ class Choice:
       rows = [row for row in rows if row.place < end]
     return text, rows
 
-  def _text(self, token_id: int) -> str:
-    return self.tokenizer.decode([token_id], skip_special=False)
+  def _piece(self, token_id: int, logprob: float) -> Piece:
+    text = self.tokenizer.decode([token_id], skip_special=False)
+    return Piece(text, self.tokenizer.token_bytes(token_id), logprob)
 
 
 def new_choice(policy: PolicyLike, request: Request, index: int) -> Choice:
@@ -77,13 +85,12 @@ def _logprobs(call: Call, rows: list[Token]) -> dict[str, Any] | None:
     return None
   if call.is_chat:
     content = [
-      {**_token(row.text, row.logprob), "top_logprobs": [_token(*one) for one in row.top]}
-      for row in rows
+      {**_token(row.drawn), "top_logprobs": [_token(one) for one in row.top]} for row in rows
     ]
     return {"content": content, "refusal": None}
   return {
-    "tokens": [row.text for row in rows],
-    "token_logprobs": [row.logprob for row in rows],
+    "tokens": [row.drawn.text for row in rows],
+    "token_logprobs": [row.drawn.logprob for row in rows],
     "top_logprobs": [_by_text(row) for row in rows],
     "text_offset": [row.place for row in rows],
   }
@@ -91,14 +98,14 @@ def _logprobs(call: Call, rows: list[Token]) -> dict[str, Any] | None:
 
 def _by_text(row: Token) -> dict[str, float]:
   """The drawn token, then the likeliest; of several that read alike the first."""
-  found = {row.text: row.logprob}
-  for text, logprob in row.top:
-    found.setdefault(text, logprob)
+  found = {row.drawn.text: row.drawn.logprob}
+  for one in row.top:
+    found.setdefault(one.text, one.logprob)
   return found
 
 
-def _token(text: str, logprob: float) -> dict[str, Any]:
-  return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _token(piece: Piece) -> dict[str, Any]:
+  return {"token": piece.text, "logprob": piece.logprob, "bytes": list(piece.bytes)}
 
 
 def usage(call: Call, choices: Sequence[Choice]) -> dict[str, int]:

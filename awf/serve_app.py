@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import logging
@@ -31,6 +32,7 @@ from awf.types import SamplingParams
 log = logging.getLogger("awf")
 _T = TypeVar("_T")
 Watch = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
+_LONG = 1 << 16  # bytes of a body whose tokens a thread finds, while others are served
 OPEN = ("/health",)  # needs no token: a load balancer has none
 
 
@@ -177,8 +179,9 @@ class Service:
 
   async def _complete(self, request: HttpRequest, is_chat: bool) -> Response:
     self.counts["http_requests"] += 1
-    body = await self._body(request)
-    call = parse_call(body, is_chat, self._policy, self.models, self._defaults)
+    body, size = await self._body(request)
+    parse = functools.partial(parse_call, body, is_chat, self._policy, self.models, self._defaults)
+    call = await asyncio.to_thread(parse) if size > _LONG else parse()
     answer = Answer(call, self._policy)
     try:
       if call.stream:
@@ -255,14 +258,15 @@ class Service:
         stream.future.cancel()
         task.cancel()
 
-  async def _body(self, request: HttpRequest) -> Any:
+  async def _body(self, request: HttpRequest) -> tuple[Any, int]:
+    """What a request's JSON says, and its bytes."""
     data = bytearray()
     async for piece in request.stream():
       data += piece
       if len(data) > self._most_bytes:
         raise ApiError(413, f"the body has more than {self._most_bytes} bytes")
     try:
-      return json.loads(data)
+      return json.loads(data), len(data)
     except (ValueError, RecursionError) as error:
       raise ApiError(400, f"We could not parse the JSON body of your request: {error}") from error
 

@@ -13,7 +13,7 @@ from typing import Any
 from awf.sampler.engine import Engine, Request
 from awf.sampler.generate import PolicyLike
 from awf.sampler.request import JSON_NAMES, MOST_TOP, SHARED_FIELDS, is_json
-from awf.types import SamplingParams, UserError
+from awf.types import SamplingParams, UserError, stable_hash
 
 MOST_SAMPLES = 128  # n, as at OpenAI
 MOST_STOPS = 16
@@ -105,7 +105,7 @@ def parse_call(
       most = _most_tokens(body, is_chat, len(ids), policy.engine)
       one = dataclasses.replace(sampling, max_new_tokens=most)
       request = dataclasses.replace(
-        policy.request(ids, one, (key + i) % 2**63, n, adapter),
+        policy.request(ids, one, stable_hash(key, i) if i else key % 2**63, n, adapter),
         ignore_eos=bool(body.get("ignore_eos")),
         top_logprobs=top_logprobs or 0,
       )
@@ -129,6 +129,7 @@ def _check_names(body: dict[str, Any], is_chat: bool) -> None:
             "unsupported_parameter",
           )  # fmt: skip
     elif name not in (*_SHARED, *_IGNORED, *_OWN[is_chat]):
+      name = name.encode("utf-8", "replace").decode()[:80]
       raise ApiError(400, f"Unrecognized request argument supplied: {name}", name)
 
 

@@ -202,6 +202,29 @@ def test_a_chats_log_probs(client):
   np.testing.assert_allclose([t.logprob for t in cut], [t.logprob for t in greedy], atol=1e-4)
 
 
+def test_bytes_of_tokens_make_the_text_where_a_token_is_a_part_of_a_character(client):
+  made = chat(client, temperature=1000, n=4, max_tokens=64, logprobs=True, top_logprobs=2)
+  broken = 0
+  for choice in made.choices:
+    content = choice.logprobs.content
+    joined = b"".join(bytes(token.bytes) for token in content)
+    assert joined.decode("utf-8", "replace") == choice.message.content
+    for token in (one for token in content for one in (token, *token.top_logprobs)):
+      assert bytes(token.bytes).decode("utf-8", "replace") == token.token
+      broken += "\ufffd" in token.token
+  assert broken
+
+
+def test_calls_of_other_seeds_share_no_noise(client):
+  seen = set()
+  for seed in range(4):
+    made = client.completions.create(
+      model="nano", prompt=["Tom has"] * 4, max_tokens=24, seed=seed, temperature=2
+    )
+    seen |= {choice.text for choice in made.choices}
+  assert len(seen) == 16
+
+
 def test_the_likeliest_tokens_come_where_they_are_asked_for(client):
   fields = {"temperature": 1.2, "logprobs": True}
   plain = chat(client, **fields).choices[0]
@@ -250,8 +273,8 @@ def test_the_likeliest_tokens_come_where_they_are_asked_for(client):
     ({"logprobs": True, "top_logprobs": 21}, openai.BadRequestError, "top_logprobs", "0 to 20"),
     ({"top_logprobs": 3}, openai.BadRequestError, "top_logprobs", "logprobs: true"),
     ({"extra_body": {"beams": 3}}, openai.BadRequestError, "beams", "Unrecognized"),
-    ({"messages": [{"role": "user", "content": "apple " * 900}]}, openai.BadRequestError,
-     "messages", "maximum context length is 512"),
+    *(({"messages": [{"role": "user", "content": "apple " * count}]}, openai.BadRequestError,
+       "messages", "maximum context length is 512") for count in (900, 15_000)),
   ],
 )  # fmt: skip
 def test_mistakes_are_named(client, fields, kind, param, words):
@@ -266,6 +289,7 @@ def test_bodies_routes_and_tokens_that_cannot_be(server, client, http):
   for path, content, status in (
     ("chat/completions", b"{", 400),
     ("chat/completions", b"[]", 400),
+    ("chat/completions", b'{"model": "nano", "\\ud800": 1}', 400),
     ("chat/completions", b'{"model": "nano", "messages": [], "x": "' + b"a" * 200_000, 413),
     ("embeddings", b"{}", 404),
     ("models", b"{}", 405),

@@ -62,6 +62,17 @@ def test_round_trip_of_random_unicode(tokenizer):
     assert not tokenizer.special_ids.intersection(ids)
 
 
+def test_bytes_of_tokens_are_those_of_the_text(tokenizer):
+  for text in TEXTS:
+    pieces = [tokenizer.token_bytes(i) for i in tokenizer.encode(text)]
+    assert b"".join(pieces) == text.encode()
+  found = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+  assert {bytes([b]) for b in range(256)} <= set(found)
+  (start,) = tokenizer.encode("<|im_start|>", allow_special=True)
+  assert tokenizer.token_bytes(start) == b"<|im_start|>"
+  assert tokenizer.token_bytes(tokenizer.vocab_size) == b""
+
+
 def test_special_tokens_only_on_request(tokenizer):
   text = "<|im_start|>user\nthe cat<|im_end|>\n"
   ids = tokenizer.encode(text, allow_special=True)

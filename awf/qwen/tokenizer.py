@@ -54,6 +54,10 @@ class Tokenizer(abc.ABC):
     """Text of ids; broken UTF-8 gives U+FFFD, ids past the vocabulary give nothing."""
 
   @abc.abstractmethod
+  def token_bytes(self, token_id: int) -> bytes:
+    """UTF-8 of one token, which may be a part of a character; nothing past the vocabulary."""
+
+  @abc.abstractmethod
   def chat_ids(
     self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
   ) -> list[int]:
@@ -150,6 +154,9 @@ class SentencePieceTokenizer(Tokenizer):
     parts = (self._bytes[i] for i in ids if 0 <= i < size and not (skip_special and i in special))
     return b"".join(parts).decode("utf-8", "replace")
 
+  def token_bytes(self, token_id: int) -> bytes:
+    return self._bytes[token_id] if 0 <= token_id < self.vocab_size else b""
+
   def chat_ids(
     self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
   ) -> list[int]:
@@ -168,6 +175,7 @@ class HuggingFaceTokenizer(Tokenizer):
     import tokenizers
 
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # there is no torch to miss
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forks do not mix
     import transformers
 
     folder = Path(path)
@@ -186,7 +194,9 @@ class HuggingFaceTokenizer(Tokenizer):
     for tokenizer in (self._parsing, self._plain):
       tokenizer.no_padding()
       tokenizer.no_truncation()
+    self._has_bytes = b'"ByteLevel"' in self._parsing.decoder.__getstate__()
     added = self._hf.added_tokens_decoder
+    self._added = frozenset(added)
     self._special = {t.content: i for i, t in added.items() if t.special}
     self.special_ids = frozenset(self._special.values())
     self.vocab_size = self._parsing.get_vocab_size(with_added_tokens=True)
@@ -215,11 +225,18 @@ class HuggingFaceTokenizer(Tokenizer):
   def encode(self, text: str, allow_special: bool = False) -> list[int]:
     text = text.encode("utf-8", "replace").decode()
     tokenizer = self._parsing if allow_special else self._plain
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    # For a batch, if only of one, other threads of Python run meanwhile.
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     known = [i for i in ids if 0 <= i < self.vocab_size]
     return self._parsing.decode(known, skip_special_tokens=skip_special)
+
+  def token_bytes(self, token_id: int) -> bytes:
+    token = self._parsing.id_to_token(token_id) or ""
+    if not self._has_bytes or token_id in self._added:
+      return self.decode([token_id], skip_special=False).encode()
+    return bytes(_BYTE_OF[character] for character in token)
 
   def chat_ids(
     self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
@@ -259,6 +276,17 @@ class HuggingFaceTokenizer(Tokenizer):
     text = text.replace(_MARK, "\ufffd")
     return self._find.sub(lambda m: f"{_MARK}{self._names.index(m.group())}{_MARK}", text)
 
+
+def _byte_characters() -> dict[str, int]:
+  """Which byte each character of a byte-level vocabulary stands for, as in GPT-2's: itself where it
+  can be seen, else one of those from U+0100 on, in order.
+  """
+  seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  unseen = [byte for byte in range(256) if byte not in seen]
+  return {chr(b): b for b in seen} | {chr(0x100 + i): b for i, b in enumerate(unseen)}
+
+
+_BYTE_OF = _byte_characters()
 
 _HF_FILES = (
   "tokenizer.json",

@@ -331,6 +331,17 @@ def test_unfit_adapters_are_refused(saved, tmp_path, changes, word):
   assert word in str(error.value) and "config.lora.init_path" in str(error.value)
 
 
+def test_an_adapter_that_is_not_finite_is_refused(saved, tmp_path):
+  config, lora_config = saved[1], LoRAConfig(rank=2, targets=("q_proj",))
+  lora = init_lora(config, lora_config, jax.random.key(0))
+  lora["layers_1"]["q_proj"]["b"] = lora["layers_1"]["q_proj"]["b"].at[1, 0].set(jnp.nan)
+  peft.save_adapter(tmp_path, lora, lora_config)
+  with pytest.raises(
+    UserError, match="layers.1.*q_proj.lora_B.weight holds values that are not fin"
+  ):
+    peft.load_adapter(tmp_path, config)
+
+
 def test_missing_adapter_is_a_user_error(saved, tmp_path):
   with pytest.raises(UserError, match="no readable PEFT adapter"):
     peft.load_adapter(tmp_path, saved[1])

@@ -209,9 +209,9 @@ def test_bytes_of_tokens_make_the_text_where_a_token_is_a_part_of_a_character(cl
     content = choice.logprobs.content
     joined = b"".join(bytes(token.bytes) for token in content)
     assert joined.decode("utf-8", "replace") == choice.message.content
-    for token in (one for token in content for one in (token, *token.top_logprobs)):
-      assert bytes(token.bytes).decode("utf-8", "replace") == token.token
-      broken += "\ufffd" in token.token
+    for one in (one for token in content for one in (token, *token.top_logprobs)):
+      assert bytes(one.bytes).decode("utf-8", "replace") == one.token
+      broken += "\ufffd" in one.token
   assert broken
 
 

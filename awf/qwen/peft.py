@@ -117,8 +117,10 @@ def load_adapter(
         elif stored.code not in FLOATS:
           problems.append(f"{name} has type {stored.code}, expected one of {', '.join(FLOATS)}")
         else:
-          values = shards.rows(name, 0, shape[0])
-          leaf[side.lower()] = jnp.asarray(values.T.astype(np.float32))
+          values = shards.rows(name, 0, shape[0]).astype(np.float32)
+          leaf[side.lower()] = jnp.asarray(values.T)
+          if not np.isfinite(values).all():
+            problems.append(f"{name} holds values that are not finite")
       lora[f"layers_{i}"][target] = leaf
   problems += [f"{name} is unexpected" for name in sorted(set(shards.tensors) - wanted)]
   if problems:

@@ -112,7 +112,8 @@ def run_serve(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     url = f"http://{host}:{bound.getsockname()[1]}/v1"
     if not token and not _is_loopback(serve.host):
       log.warning("anyone who reaches %s may use it: set %s", url, TOKEN_VARIABLE)
-    policy.engine.generate([Request((0,), max_new_tokens=1)])  # compiles before anyone waits
+    for n in sorted({1, policy.engine.shapes.rows}):  # compiles before anyone waits
+      policy.engine.generate([Request((0,), n=n, max_new_tokens=1)])  # fast mode has two programs
     server = Server(
       uvicorn.Config(
         make_app(service, token, serve.cors),

@@ -9,7 +9,10 @@ import pytest
 from test_sampler import CONTEXT, ROWS, TINY, V, check_logprobs, prompt
 from tiny_checkpoint import random_params
 
+from awf.hlo_cost import count_module
 from awf.qwen.lora import LoRAConfig, init_lora, scaled, stack_adapters
+from awf.sampler.cache import init_cache
+from awf.sampler.decode import compile_dispatch, empty_work
 from awf.sampler.engine import Engine, Request, make_shapes
 from awf.sampler.pages import PageTable
 
@@ -160,6 +163,24 @@ def test_any_course_of_events_keeps_every_page_with_one_owner():
 
 
 # --- the engine
+
+
+def test_a_step_costs_nothing_more_where_four_times_as_much_is_allocated():
+  """Bytes and FLOPs of the compiled program, with the same live tokens."""
+
+  def trips(name):
+    return 3.0 if "live_chunks" in name else 4.0 if "prompt_chunks" in name else 1.0
+
+  found = []
+  for context in (1024, 4096):
+    shapes = make_shapes(TINY, 16, context, prefill_rows=4, steps=4)
+    cache, work = jax.eval_shape(lambda s=shapes: init_cache(TINY, s.cache)), empty_work(shapes)
+    compiled = compile_dispatch(TINY, shapes).lower(engine_params(), None, cache, work).compile()
+    count = count_module(compiled.as_text(), trips)
+    found.append(count.total([op for op in count.inside("/decode/while") if op.loops]))
+  small, large = found
+  assert large.flops == small.flops > 0
+  assert large.num_bytes == pytest.approx(small.num_bytes, rel=0.01)
 
 
 def engine_params():

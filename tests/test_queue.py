@@ -156,7 +156,18 @@ def test_a_cancelled_asyncio_caller_cancels_its_request(engine, alone):
 def test_a_prompt_in_prefill_is_given_up_unless_another_counts_on_it(engine, monkeypatch):
   """64 prompt tokens a dispatch beside a decoding row: the prompts below take several."""
   monkeypatch.setattr(engine._scheduler, "stall_tokens", 64)
+  run = engine.device.run
+
+  def held_in_prefill(lora, work):
+    drawn = run(lora, work)
+    if engine._scheduler.unready and not reached.is_set():
+      reached.set()
+      assert left.wait(WAIT)
+    return drawn
+
+  monkeypatch.setattr(engine.device, "run", held_in_prefill)
   for count in (1, 2):  # alone, and with another that begins alike
+    reached, left = threading.Event(), threading.Event()
     start = prompt(140, 100 + count)
     first, second = (
       Request((*start, *prompt(60, 5 + i)), seed=4 + i, max_new_tokens=10) for i in range(2)
@@ -166,9 +177,8 @@ def test_a_prompt_in_prefill_is_given_up_unless_another_counts_on_it(engine, mon
     gate.wait()
     gone, *kept = [engine.submit(request) for request in (first, second)[:count]]
     gate.go()
-    while not engine._scheduler.unready and not gone.done():
-      time.sleep(0.002)
-    gone.cancel()
+    assert reached.wait(WAIT) and gone.cancel()
+    left.set()
     found = [future.result() for future in kept] + engine.generate([second])
     assert all(output == found[0] for output in found)
     check_logprobs(PARAMS, second.prompt_ids, found[0][0])  # from pages that hold what they say

@@ -293,7 +293,9 @@ def test_bit_equal_when_joining_running_rows(engine, requests, alone):
   async def both():
     long = [engine.asubmit(Request(prompt(50, s), seed=s, max_new_tokens=200)) for s in range(20)]
     tasks = [asyncio.ensure_future(one) for one in long]
-    await asyncio.sleep(0.02)
+    while not engine.stats()["running"]:
+      assert not tasks[0].done()
+      await asyncio.sleep(0.001)
     mine = await asyncio.gather(*(engine.asubmit(request) for request in requests))
     await asyncio.gather(*tasks)
     return mine
@@ -314,6 +316,24 @@ def test_bit_equal_in_an_engine_with_no_cached_prompt(params, requests, alone):
   with make_engine(TINY, params) as fresh:
     assert fresh.generate(requests) == alone
     assert fresh.stats()["prompt_misses"] == len(requests)
+
+
+def test_bit_equal_with_matrices_as_a_cpu_has_them(params, requests):
+  """[out, in], with products of their own for few rows."""
+
+  def turned(tree):
+    return {
+      "kernel_t" if name == "kernel" else name: turned(x) if isinstance(x, dict) else x.T
+      if name == "kernel" else x
+      for name, x in tree.items()
+    }  # fmt: skip
+
+  with make_engine(TINY, turned(params)) as engine:
+    own = [run(engine, **vars(request)) for request in requests]
+    others = crowd(4)
+    assert engine.generate([*others[:25], *requests, *others[25:]])[25:29] == own
+    assert engine.generate(requests[::-1]) == own[::-1]
+  check_logprobs(params, requests[0].prompt_ids, own[0][2])
 
 
 def test_a_sample_does_not_depend_on_how_many_are_asked_for(engine, requests, alone):

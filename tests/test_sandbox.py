@@ -16,7 +16,7 @@ from fractions import Fraction
 
 import pytest
 
-from awf.sandbox import CallError, Job, Limits, Sandbox, SandboxConfig, frames, syscalls
+from awf.sandbox import CallError, Job, Limits, Sandbox, SandboxConfig, frames, scratch, syscalls
 from awf.sandbox.program import decode_value, encode_value
 from awf.types import Failure, UserError
 
@@ -640,3 +640,73 @@ def test_latency_of_a_trivial_job(box):
   job = program_job("def solve():\n  return 1")
   cpu = [box.run_sync(job).cpu_seconds for _ in range(15)]
   assert statistics.median(cpu) < 0.25
+
+
+# --- private directories where no tmpfs bounds them
+
+
+def nested(folder, names):
+  """Makes directories in one another, however long their path is."""
+  here = os.open(folder, os.O_RDONLY)
+  for name in names:
+    os.mkdir(name, dir_fd=here)
+    inner = os.open(name, os.O_RDONLY, dir_fd=here)
+    os.close(here)
+    here = inner
+  return here
+
+
+def test_hostile_directories_are_measured_and_removed(tmp_path):
+  def is_full(folder):
+    return scratch.is_full(str(folder), 100, 1000)
+
+  plain = tmp_path / "plain"
+  (plain / "a" / "b").mkdir(parents=True)
+  (plain / "a" / "x").write_bytes(bytes(10))
+  (plain / "link").symlink_to("/")
+  assert not scratch.is_full(str(plain), 4, 100_000)
+  assert scratch.is_full(str(plain), 3, 100_000) and scratch.is_full(str(plain), 4, 10)
+  for i in range(8):
+    (plain / f"{i}").write_bytes(bytes(100))
+  shallow = tmp_path / "shallow"
+  shallow.mkdir()
+  os.close(nested(shallow, ["d"] * 40))
+  assert not scratch.is_full(str(shallow), 100, 1_000_000)
+  deep = tmp_path / "deep"
+  deep.mkdir()
+  os.close(nested(deep, ["d"] * 2000))
+  long = tmp_path / "long"
+  long.mkdir()
+  here = nested(long, ["d" * 250] * 18)
+  os.close(os.open("f", os.O_CREAT, 0o600, dir_fd=here))
+  os.truncate(f"/proc/self/fd/{here}/f", 10_000)
+  os.close(here)
+  closed = tmp_path / "closed"
+  (closed / "in").mkdir(parents=True)
+  (closed / "in" / "f").write_bytes(bytes(2000))
+  (closed / "in").chmod(0)
+  closed.chmod(0o300)
+  assert all(map(is_full, (plain, deep, long, closed)))
+  for folder in (plain, shallow, deep, long, closed):
+    scratch.remove(str(folder))
+    assert not folder.exists()
+  scratch.remove(str(tmp_path / "nothing"))
+  assert os.listdir("/")
+
+
+def test_one_that_calls_without_waiting_is_ended(box):
+  limits = Limits(max_calls=10_000, wall_seconds=600)
+  source = """
+    import asyncio
+    async def main(call):
+      await asyncio.gather(*(call('never') for _ in range(3000)))
+  """
+  tasks = []
+
+  async def never(method, params):
+    tasks.append(method)
+    await asyncio.Event().wait()
+
+  result = box.run_sync(source_job(source, limits=limits), never)
+  assert result.failure.kind == "policy" and "1024 calls at a time" in result.failure.message
+  assert len(tasks) <= 1024

@@ -234,6 +234,18 @@ RAW = {
     "import os\ndef main(call):\n  os.killpg(os.getpgid(os.getppid()), 9)",
     {"crash"},
   ),
+  "killing by a descriptor": (
+    "import fcntl, os\ndef main(call):\n  r, w = os.pipe()\n"
+    "  fcntl.fcntl(r, 8, os.getppid())\n  fcntl.fcntl(r, 10, 9)\n"
+    "  fcntl.fcntl(r, fcntl.F_SETFL, 0o20000)\n  os.write(w, b'x')",
+    {"crash"},
+  ),
+  "a descriptor that signals": (
+    "import fcntl, os\ndef main(call):\n"
+    "  r = os.pipe()[0]\n  fcntl.fcntl(r, fcntl.F_SETFL, os.O_NONBLOCK)\n"
+    "  fcntl.fcntl(r, fcntl.F_SETFL, os.O_NONBLOCK | 0o20000)",
+    {"crash"},
+  ),
   "deep frame walk": (
     "import sys\ndef main(call):\n  f = sys._getframe()\n  while f.f_back: f = f.f_back\n"
     "  f.f_globals['os']._exit(0)",
@@ -257,6 +269,21 @@ RAW = {
     "def main(call):\n  for i in range(10**6): open(f'f{i}', 'w').close()",
     {"crash", "policy"},
   ),
+  "directories in directories": (
+    "import os\ndef main(call):\n  while True:\n    os.mkdir('d')\n    os.chdir('d')",
+    {"crash", "policy"},
+  ),
+  "files behind a path that is too long": (
+    "import os, time\ndef main(call):\n  for _ in range(18):\n    os.mkdir('d' * 250)\n"
+    "    os.chdir('d' * 250)\n"
+    "  for i in range(2000): open(f'f{i}', 'wb').write(bytes(400_000))\n  time.sleep(100)",
+    {"crash", "policy"},
+  ),
+  "files in a closed directory": (
+    "import os, time\ndef main(call):\n  os.mkdir('d', 0o300)\n"
+    "  for i in range(2000): open(f'd/f{i}', 'wb').write(bytes(400_000))\n  time.sleep(100)",
+    {"crash", "policy"},
+  ),
   "full disk": (
     "def main(call):\n  for i in range(10**4):\n    open(f'f{i}', 'wb').write(bytes(4_000_000))",
     {"crash", "policy"},
@@ -267,9 +294,10 @@ RAW = {
     {"crash"},
   ),
   "archive that traverses": (
-    "import io, zipfile\ndef main(call):\n  z = zipfile.ZipFile(io.BytesIO(), 'w')\n"
-    "  z.writestr('../../../../tmp/awf-escape', 'x')\n  z.filelist[0].filename\n"
-    "  open('../../../../../tmp/awf-escape', 'w')",
+    "import io, tarfile\ndef main(call):\n  made = io.BytesIO()\n"
+    "  with tarfile.open(fileobj=made, mode='w') as t:\n"
+    "    t.addfile(tarfile.TarInfo('../' * 9 + 'tmp/awf-escape'))\n"
+    "  tarfile.open(fileobj=io.BytesIO(made.getvalue())).extractall()",
     {"crash"},
   ),
   "archive that explodes": (

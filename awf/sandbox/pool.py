@@ -11,7 +11,6 @@ import concurrent.futures
 import logging
 import secrets
 import selectors
-import shutil
 import socket
 import tempfile
 import threading
@@ -19,7 +18,7 @@ import time
 from collections import Counter
 from typing import Any
 
-from awf.sandbox import frames, protocol
+from awf.sandbox import frames, protocol, scratch
 from awf.sandbox.launcher import ZygoteProcess
 from awf.sandbox.mailbox import Mailbox
 from awf.sandbox.schedule import Run, Schedule
@@ -28,6 +27,7 @@ from awf.types import Failure, UserError
 TICK_SECONDS = 0.2
 EXIT_SECONDS = 20.0
 MAX_RESTARTS = 5  # without a job that ended in between
+MOST_UNANSWERED = 1024  # calls of a job
 PROGRAMS = "awf.sandbox.program"  # the module of the jobs that get the numeric libraries
 
 _log = logging.getLogger(__name__)
@@ -263,6 +263,8 @@ class Pool:
     run.calls += 1
     if run.calls > run.max_calls:
       self._stop(run, Failure("policy", f"more than {run.max_calls} calls"))
+    elif run.unanswered > MOST_UNANSWERED:
+      self._stop(run, Failure("policy", f"more than {MOST_UNANSWERED} calls at a time"))
     elif run.on_call is None:
       run.replies[message["c"]] = {"e": ["policy", "this job may not make calls"]}
     else:
@@ -389,4 +391,4 @@ class Pool:
     self._schedule.alive.clear()
     self._selector.close()
     self._mailbox.release()
-    shutil.rmtree(self.root, ignore_errors=True)
+    scratch.remove(self.root)

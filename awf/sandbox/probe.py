@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import fcntl
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ NEEDED = {
   "exec": "running other programs",
   "network": "opening sockets",
   "kill_parent": "signals to other processes",
+  "signal_owner": "signals to other processes by a descriptor",
   "ptrace": "reading other processes",
   "environment": "the parent's environment variables",
 }
@@ -67,6 +69,7 @@ def attempts(payload: dict[str, Any], call: Any) -> dict[str, str]:
     "exec": _exec,
     "network": _network,
     "kill_parent": lambda: _kill(os.getppid()),
+    "signal_owner": _own,
     "ptrace": _ptrace,
     "environment": lambda: "possible" if os.environ else "refused: empty",
     "own_directory": lambda: _write("probe"),
@@ -129,6 +132,18 @@ def _network() -> str:
 
 def _kill(pid: int) -> str:
   os.kill(pid, 0 * signal.SIGTERM)  # signal 0 asks for the right only
+  return "possible"
+
+
+def _own() -> str:
+  if sys.platform != "linux":
+    return "refused: not on this platform"
+  ends = os.pipe()
+  try:
+    fcntl.fcntl(ends[0], fcntl.F_SETOWN, os.getpid())
+  finally:
+    for end in ends:
+      os.close(end)
   return "possible"
 
 

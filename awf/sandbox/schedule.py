@@ -68,6 +68,11 @@ class Run:
   result: dict[str, Any] | None = None
   dying: bool = False
 
+  @property
+  def unanswered(self) -> int:
+    """Calls without a reply."""
+    return self.calls - self.next_reply - len(self.replies)
+
   def start_again(self) -> None:
     """Back to the state before the spawn, for the second attempt."""
     for field in dataclasses.fields(self)[9:]:

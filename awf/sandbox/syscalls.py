@@ -77,7 +77,6 @@ PLAIN = {
   "dup": (32, 23),
   "dup2": (33, -1),
   "dup3": (292, 24),
-  "fcntl": (72, 25),
   "pipe": (22, -1),
   "pipe2": (293, 59),
   "select": (23, -1),
@@ -136,6 +135,7 @@ TGKILL = (234, 131)
 PRCTL = (157, 167)
 PRLIMIT64 = (302, 261)
 IOCTL = (16, 29)
+FCNTL = (72, 25)
 SOCKETPAIR = (53, 199)
 SENDTO = (44, 206)
 SECCOMP = (317, 277)
@@ -145,6 +145,10 @@ LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same eve
 _CLONE_THREAD = 0x00010000
 _AF_UNIX = 1
 _PRCTL_ALLOWED = (15, 16)  # PR_SET_NAME, PR_GET_NAME
+# F_DUPFD F_GETFD F_SETFD F_GETFL F_GETLK F_SETLK F_SETLKW F_DUPFD_CLOEXEC; the others can make a
+# descriptor send signals to any process of the user
+_FCNTL_ALLOWED = (0, 1, 2, 3, 5, 6, 7, 1030)
+_F_SETFL, _O_ASYNC = 4, 0x2000
 _IOCTL_ALLOWED = (
   0x5401,
   0x541B,
@@ -242,7 +246,16 @@ def seccomp_program(machine: str, pid: int, *, with_paths: bool) -> bytes:
     _return(_ERRNO | errno.EPERM),
     _return(_ALLOW),
   ]
+  set_flags = [_argument(2), _instruction(_JSET, 0, 1, _O_ASYNC), _return(_ERRNO | errno.EPERM)]
+  fcntl = [
+    _argument(1),
+    _instruction(_JEQ, 0, len(set_flags) + 1, _F_SETFL),
+    *set_flags,
+    _return(_ALLOW),
+    *_one_of(1, _FCNTL_ALLOWED),
+  ]
   special = (
+    (FCNTL, fcntl),
     (CLONE, thread_only),
     (
       CLONE3,

@@ -18,14 +18,13 @@ import importlib
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from awf.sandbox import child, frames, jail
+from awf.sandbox import child, frames, jail, scratch
 
 _LIBRARY = (
   "__future__ abc array ast asyncio base64 binascii bisect calendar cmath collections "
@@ -107,7 +106,7 @@ class Zygote:
       os.waitpid(pid, 0)
     if self._numeric is not None:
       self._numeric.end()
-    shutil.rmtree(self._root, ignore_errors=True)
+    scratch.remove(self._root)
 
   def _receive(self) -> bool:
     size = array.array("i", [0] * 16)
@@ -187,7 +186,7 @@ class Zygote:
       full = number in self._policed
       self._policed.discard(number)
       if directory:
-        shutil.rmtree(directory, ignore_errors=True)
+        scratch.remove(directory)
       self._send(
         {
           "op": "exit",
@@ -202,7 +201,7 @@ class Zygote:
   def _police(self) -> None:
     """Where no tmpfs limits a job's directory: ends a job that fills it."""
     for number, (pid, directory) in self._children.items():
-      if directory and _too_full(directory):
+      if directory and scratch.is_full(directory, jail.SCRATCH_FILES, jail.SCRATCH_BYTES):
         self._policed.add(number)
         os.kill(pid, signal.SIGKILL)
 
@@ -277,24 +276,6 @@ def _serve_numeric(control: socket.socket, plan: jail.JailPlan, root: str) -> No
     zygote.serve()
   finally:
     zygote.end()
-
-
-def _too_full(directory: str) -> bool:
-  files = size = 0
-  pending = [directory]
-  while pending:
-    try:
-      with os.scandir(pending.pop()) as entries:
-        for entry in entries:
-          files += 1
-          size += entry.stat(follow_symlinks=False).st_size
-          if files > jail.SCRATCH_FILES or size > jail.SCRATCH_BYTES:
-            return True
-          if entry.is_dir(follow_symlinks=False):
-            pending.append(entry.path)
-    except OSError:  # removed meanwhile by its owner
-      continue
-  return False
 
 
 def _preload(names: Sequence[str], *, optional: bool) -> list[str]:

@@ -13,6 +13,7 @@ from test_workspace import aflow_workspace
 
 from awf.sandbox import Sandbox, SandboxConfig
 from awf.search.adopt import ADOPTED, import_workspace, salvage
+from awf.search.tree import add_event, replay
 from awf.search.workspace import Workspace
 from awf.types import Problem, UserError
 from awf.workflow.contract import PRELOAD
@@ -168,6 +169,30 @@ def test_no_damage_at_random_places_raises(tmp_path):
     nodes = Workspace(root, "AIME", ()).adopt(PROBLEMS, SEED)
     assert nodes[0].id == 1 and all(n.parent < n.id for n in nodes)
     assert all(mean(n) is None or math.isfinite(mean(n)) for n in nodes)
+
+
+def test_what_is_no_json_or_of_another_kind_ends_no_commit(tmp_path):
+  path = aflow_workspace(tmp_path)
+  rows = json.loads((path / "results.json").read_text())
+  for row in rows:
+    row["avg_cost"] = row["total_cost"] = math.nan  # a mean of no costs
+  (path / "results.json").write_text(json.dumps(rows))
+  entry = {"modification": "edit", "score": 0.2}
+  processed = {"2": {"score": 0.9, "success": {}, "failure": {"4": entry}}}
+  (path / "processed_experience.json").write_text(json.dumps(processed))
+  (path / "round_4" / "experience.json").write_text("[{}]")
+  workspace = Workspace(tmp_path, "AIME", ("Custom",))
+  nodes = workspace.adopt(PROBLEMS, SEED)
+  assert {n.id: mean(n) for n in nodes} == pytest.approx(SCORES) and nodes[2].parent == 2
+  tree = replay([add_event(n) for n in nodes])
+  for change in (lambda: None, lambda: (path / "results.json").write_text("")):
+    change()  # the second: its disk was full
+    workspace.write_index(tree, ("full",))
+    written = json.loads((path / "results.json").read_text(), parse_constant=pytest.fail)
+    found = {row["round"]: row["score"] for row in written}
+    assert set(found) == set(SCORES)
+    assert all({"avg_cost", "total_cost", "time"} <= set(row) for row in written)
+  assert found == pytest.approx(SCORES)
 
 
 @pytest.mark.parametrize("lost", ["scores", "graphs"])

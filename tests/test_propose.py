@@ -26,7 +26,7 @@ from awf.search.tree import (
   expand_event,
   replay,
 )
-from awf.types import Failure, WorkflowSource
+from awf.types import Failure, Problem, WorkflowSource
 from awf.workflow.contract import SEED_PROMPT, graph_header
 
 
@@ -224,6 +224,20 @@ def test_full_prompt_tells_the_contract(question_type, operator):
     assert part in text
   assert ("entry_point: str):" in text.replace(")", "):")) == (question_type == "code")
   assert len(text) < 7000
+
+
+def test_the_question_of_a_long_problem_is_shown():
+  passage = "One sentence of a paragraph. " * 100
+  shapes = {
+    "question": {"prompt": f"{passage}\nQuestion: Who?", "hidden": {"question": "Who?"}},
+    "end": {"prompt": f"Passage: {passage}\nQuestion: How many yards?\nAnswer:"},
+    "start": {"prompt": f"How many apples? {passage}"},
+  }
+  for id, fields in shapes.items():
+    (entry,) = log = [LogEntry(id, "7", "7")]
+    text = log_text(log, {id: Problem(id, answer="9", **fields)}, 1, random.Random(0))
+    words = {"question": "Question: Who?\n", "end": "How many yards?", "start": "How many apples?"}
+    assert words[entry.problem] in text and len(text) < 800
 
 
 def test_logs_show_question_and_wrong_answer_alone():

@@ -33,7 +33,14 @@ ADOPTED = ""  # key of the mean score of a round that AFlow evaluated: it kept n
 ROUND = re.compile(r"round_(\d+)")
 _CSV = re.compile(r"(\d+\.\d{5})_(\d{8}_\d{6})\.csv")
 _EXPERIENCE = {"father node", "before", "after"}  # without which it says nothing
-_decoder = json.JSONDecoder()
+
+
+def _finite(text: str) -> float | None:
+  value = float(text)
+  return value if math.isfinite(value) else None
+
+
+_decoder = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)  # "NaN" is a constant
 
 
 def salvage(text: str) -> Any:
@@ -66,7 +73,10 @@ def _elements(text: str, at: int):
 
 
 def read_json(file: Path) -> tuple[Any, bool]:
-  """(content, whether the file is whole); content None for one that is missing or empty."""
+  """(content, whether the file is whole); content None for one that is missing or empty.
+
+  Numbers that are not finite, which AFlow writes and JSON does not know, are None.
+  """
   try:
     text = file.read_bytes().decode("utf-8-sig", "replace")
   except OSError:
@@ -74,7 +84,7 @@ def read_json(file: Path) -> tuple[Any, bool]:
   if not text.strip():
     return None, False
   try:
-    return json.loads(text), True
+    return _decoder.decode(text), True
   except (ValueError, RecursionError) as error:
     found = salvage(text)
     log.warning("%s is damaged (%s): %s", file, error, _kept(found))
@@ -220,7 +230,7 @@ class Reader:
     full["succeed"] = full["after"] > full["before"]
     row |= full
     on_disk, whole = read_json(file)
-    if not whole or on_disk is None or not _EXPERIENCE <= set(on_disk):
+    if not whole or not isinstance(on_disk, dict) or not _EXPERIENCE <= set(on_disk):
       log.warning("%s is rebuilt from what is left", file)
       self.repairs[file] = full
 

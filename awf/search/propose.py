@@ -30,6 +30,7 @@ STYLES = ("full", "compact")
 _THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _FENCE = re.compile(r"```[\w+-]*[ \t]*")
 MAX_REPLY_CHARS = 64_000  # of a reply without its thoughts: twice what the three elements may hold
+QUESTION_CHARS = 600  # of a failed problem
 FULL_RULES = """\
 You improve a workflow: Python code that solves {kind} problems with calls to a language model.
 Its score is the share of validation problems that it answers correctly, at most 1.
@@ -82,13 +83,22 @@ def experience_lines(children: Sequence[Node], limit: int) -> list[str]:
   return lines[-limit:] if limit > 0 else []
 
 
+def _question(problem: Problem) -> str:
+  """What is asked; of a long text both ends, as its question stands behind the passages."""
+  text = str(problem.hidden.get("question", problem.prompt))
+  if len(text) <= QUESTION_CHARS:
+    return excerpt(text, QUESTION_CHARS)
+  half = QUESTION_CHARS // 2
+  return f"{excerpt(text, half)}\n{excerpt(text, half, tail=True)}"
+
+
 def log_text(
   log: Sequence[LogEntry], problems: Mapping[str, Problem], count: int, rng: random.Random
 ) -> str:
   """Up to `count` failed problems: the question, the wrong answer, what was read in it."""
   shown = []
   for entry in rng.sample(list(log), min(count, len(log))):
-    lines = [f"Question: {excerpt(problems[entry.problem].prompt, 600)}"]
+    lines = [f"Question: {_question(problems[entry.problem])}"]
     lines.append(f"Wrong answer of the workflow: {excerpt(entry.output, 400, tail=True)}")
     if entry.extracted:
       lines.append(f"Read as: {one_line(entry.extracted, 80)}")

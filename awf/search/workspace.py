@@ -171,7 +171,9 @@ class Workspace:
     results = []
     for node in tree.selectable(stages):
       if ADOPTED in node.scores:
-        results += [row for row in old if row.get("round") == node.id]
+        own = [row for row in old if row.get("round") == node.id]
+        lost = {"round": node.id, "score": node.score, "avg_cost": 0, "total_cost": 0, "time": now}
+        results += own or [lost]
         continue
       stamp = stamps.get((node.id, node.score), now)
       cost = price(node.tokens, self._prices)

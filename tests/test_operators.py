@@ -1,6 +1,7 @@
 """Operators in the real sandbox, and the extraction of answers, tags and code."""
 
 import asyncio
+import random
 
 import pytest
 from scripted import (
@@ -288,6 +289,14 @@ def test_test_operator_passes_without_public_tests(sandbox):
     ("about .5", "1/2"),
     ("2/4", "1/2"),
     ("1/0", "1"),
+    ("They met on 12/25/2020 and won by 7 points.", "7"),
+    ("They won by 7 points when they met on 12/25/2020.", "12/25/2020"),
+    ("<answer>9/11/2001</answer>", "9/11/2001"),
+    ("on 9 / 11 / 2001", "9/11/2001"),
+    ("\\boxed{1/2/3}", "1/2/3"),
+    ("so 8/4/2 = 1", "1"),
+    ("it weighs\n-\t5 of 1/2e5 and 3", "3"),
+    ("one\u00a0half is 1\u00a0/\u00a02 of it", "1/2"),
     ("3e4", "30000"),
     ("1e999999", "1e999999"),
     ("-5", "-5"),
@@ -304,10 +313,20 @@ def test_normal_answer(text, expected):
   assert normal_answer(text) == expected
 
 
+def test_no_text_of_digits_and_signs_fails_to_be_read():
+  parts = [*"0123456789/.,-+%{}$()e= \t\n", "\u2212", "\u00a0", "\u0663", "12", "a"]
+  parts += ["\\boxed{", "<answer>", "</answer>", "9/11/", "1,234", "\\frac"]
+  draw = random.Random(7)
+  for _ in range(5000):
+    text = "".join(draw.choices(parts, k=draw.randrange(1, 14)))
+    assert isinstance(normal_answer(text), str), text
+    assert all(any(map(str.isdigit, number)) for number in numbers(text)), text
+
+
 def test_extraction_is_bounded_on_hostile_text():
   for text in ("9" * 100_000, "1," * 50_000, "-" * 100_000, "<answer>" * 10_000, "```\n" * 20_000,
                "<answer>5" + " " * 100_000 + "(-", "Answer: " + "*" * 50_000 + " 5 -",
-               "<answer>^" + " " * 100_000, "<answer>5" + "(" * 50_000):  # fmt: skip
+               "<answer>^" + " " * 100_000, "<answer>5" + "(" * 50_000, "1/" * 50_000):  # fmt: skip
     assert isinstance(normal_answer(text), str)
     assert isinstance(code_of(text), str)
   assert numbers("9" * 100) == ["9" * 100]

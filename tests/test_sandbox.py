@@ -17,7 +17,7 @@ from fractions import Fraction
 import pytest
 
 from awf.sandbox import CallError, Job, Limits, Sandbox, SandboxConfig, frames, scratch, syscalls
-from awf.sandbox.program import decode_value, encode_value
+from awf.sandbox.program import MAX_ENTRIES, decode_value, encode_value
 from awf.types import Failure, UserError
 
 
@@ -574,9 +574,27 @@ def test_encoded_values_come_back_equal():
     {"@": "Fraction", "v": "1/0"},
     {"@": "Decimal", "v": "9" * 5_000},
     {"@": "range", "v": [0, 1, 0]},
+    {"@": "iterator", "v": 5},
+    {"@": "keys", "v": [[1]]},
+    {"@": "items", "v": [[1, 2, 3]]},
   ):
     with pytest.raises(ValueError):
       decode_value(forged)
+
+
+def test_iterators_and_views_come_back_as_such():
+  given = {1: "a", (2,): "b"}
+  for view in (given.keys(), given.values(), given.items()):
+    form = encode_value([view])
+    assert frames.json_fault(form) is None
+    (back,) = decode_value(form)
+    assert type(back) is type(view) and list(back) == list(view)
+  (back,) = decode_value(encode_value([enumerate("ab")]))
+  assert next(back) == (0, "a") and list(back) == [(1, "b")] and list(back) == []
+  whole = decode_value(encode_value(iter(range(MAX_ENTRIES))))
+  assert sum(1 for _ in whole) == MAX_ENTRIES
+  with pytest.raises(ValueError, match=f"more than {MAX_ENTRIES} values"):
+    encode_value(iter(range(MAX_ENTRIES + 1)))
 
 
 def test_instances_of_subclasses_cross_as_what_they_hold():

@@ -29,7 +29,7 @@ from awf.tasks import (
   spans,
   stats,
 )
-from awf.tasks.code import find_solution
+from awf.tasks.code import PRELUDE, find_solution, unknown_names
 from awf.tasks.counted import CountedTask
 from awf.tasks.humaneval import public_tests
 from awf.terminal import track
@@ -345,19 +345,98 @@ def test_a_folder_of_aflows_files_is_read_by_their_names(tmp_path, sandbox):
   validation, test = task.split_dataset()
   assert [p.prompt for p in validation] == ["p"] and [p.prompt for p in test] == ["t0", "t1"]
   assert [p.answer for p in (*validation, *test)] == ["1", "\\frac{1}{2}", "\\frac{1}{2}"]
-  row = {"prompt": "Add.", "entry_point": "add", "code": "def add(a, b): return a + b"}
-  row |= {"task_id": 1, "test": "def check():\n  assert add(1, 2) == 3\n"}
-  for kind, i in (("validate", 1), ("test", 2)):
-    write(tmp_path / f"mbpp_{kind}.jsonl", [{**row, "task_id": i}])
-  tests = {"entry_point": "add", "test": ["assert add(0, 0) == 0"]}
-  write(tmp_path / "mbpp_public_test.jsonl", [{"problem_id": 1, **tests}])
+  for kind, i, name in (("validate", 1, "add"), ("test", 2, "plus")):
+    write(tmp_path / f"mbpp_{kind}.jsonl", [aflow_row(i, name)])
+  rows = [{"entry_point": name, "test": [f"assert {name}(0, 0) == 0"]} for name in ("plus", "add")]
+  write(tmp_path / "mbpp_public_test.jsonl", rows)
   task = make_task({"name": "mbpp", "path": str(tmp_path)}, sandbox)
-  assert [p.public_tests for p in task.load_dataset()] == [("assert add(0, 0) == 0",)] * 2
+  public = [p.public_tests for p in task.load_dataset()]
+  assert public == [("assert add(0, 0) == 0",), ("assert plus(0, 0) == 0",)]
   write(tmp_path / "mbpp_public_test.jsonl", [{"entry_point": "add", "test": [1]}])
   with pytest.raises(UserError, match="mbpp_public_test.jsonl, line 1"):
     task.load_dataset()
   with pytest.raises(UserError, match="drop_validate.jsonl"):
     make_task({"name": "drop", "path": str(tmp_path)}).load_dataset()
+
+
+def aflow_row(id, name):
+  code, test = f"def {name}(a, b): return a + b", f"def check():\n  assert {name}(1, 2) == 3\n"
+  return {"task_id": id, "prompt": "Add.", "entry_point": name, "code": code, "test": test}
+
+
+def test_public_tests_of_a_doubled_name_are_told_apart_by_id_or_left_out(tmp_path, sandbox):
+  names = ("one", "twice", "twice", "split", "split", "solve", "square_Sum", "alone")
+  rows = [aflow_row(i, name) for i, name in enumerate(names)]
+  write(tmp_path / "mbpp_validate.jsonl", rows[:2])
+  write(tmp_path / "mbpp_test.jsonl", rows[2:])
+  public = [
+    {"entry_point": "one", "test": "assert 1"},
+    {"entry_point": "twice", "test": "assert 2"},  # of one of two problems
+    {"entry_point": "split", "test": "assert 3", "task_id": 4},
+    {"entry_point": "split", "test": "assert 4", "task_id": 3},
+    {"entry_point": "solve", "test": "assert 5"},  # of two rows
+    {"entry_point": "solve", "test": "assert 6"},
+    {"entry_point": "square_Sum", "test": "assert 7"},  # AFlow gives it none
+    {"entry_point": "alone", "test": "assert 8", "task_id": 0},  # another problem's id
+  ]
+  write(tmp_path / "mbpp_public_test.jsonl", public)
+  task = make_task({"name": "mbpp", "path": str(tmp_path)}, sandbox)
+  found = [p.public_tests for p in task.load_dataset()]
+  expected = ["assert 1", None, None, "assert 4", "assert 3", None, None, "assert 8"]
+  assert found == [(text,) if text else () for text in expected]
+  # A limit that hides the namesake changes nothing.
+  assert [p.public_tests for p in task.load_dataset(limit=3)] == [found[0], found[1], found[2]]
+
+
+def test_a_doubled_name_keeps_the_examples_of_its_docstring(tmp_path, sandbox):
+  for kind, i in (("validate", 0), ("test", 1)):
+    write(tmp_path / f"humaneval_{kind}.jsonl", [{**ADD, "task_id": f"T/{i}"}])
+  row = {"entry_point": "add", "test": ["assert add('a', 'b') == 'ab'"]}
+  write(tmp_path / "humaneval_public_test.jsonl", [row])
+  task = make_task({"name": "humaneval", "path": str(tmp_path)}, sandbox)
+  assert [p.public_tests for p in task.load_dataset()] == [("assert add(1, 2) == 3",)] * 2
+  write(tmp_path / "humaneval_public_test.jsonl", [{**row, "task_id": "T/1"}])
+  assert task.load_dataset()[1].public_tests == ("assert add('a', 'b') == 'ab'",)
+
+
+def test_rows_whose_tests_need_the_solutions_own_names_are_left_out(tmp_path, sandbox, caplog):
+  pair = "class Pair:\n  def __init__(self, a, b): self.a, self.b = a, b\n"
+  code = pair + "def chain(pairs, n): return n"
+  row = {"text": "Chain.", "code": code, "test_list": ["assert chain([Pair(5, 24)], 4) == 4"]}
+  aflow = {**aflow_row(3, "chain"), "test": "def check():\n  assert chain([Pair(1, 2)], 4) == 4"}
+  rows = [
+    {**row, "task_id": 1},
+    {**row, "task_id": 2, "test_setup_code": pair},
+    aflow,
+    MERGE,
+  ]
+  task = make_task({"name": "mbpp", "path": write(tmp_path / "rows", rows)}, sandbox)
+  with caplog.at_level("WARNING", "awf"):
+    assert ids(task.load_dataset()) == ["2", "9"]
+  assert [record.getMessage() for record in caplog.records] == [
+    "mbpp: 2 of 4 problems are left out, as their tests use what only a solution defines: Pair"
+  ]
+  assert [problem.id for _, problem in task.raw_rows()] == ["2", "9"]
+  assert ids(task.load_dataset(limit=2)) == ["2", "9"]
+  with pytest.raises(UserError, match="stand alone"):
+    task.load_dataset(write(tmp_path / "all", rows[:1]))
+
+
+@pytest.mark.parametrize(
+  "tests, unknown",
+  [
+    ("assert f(x for x in range(3)) == [y for y in (1, 2)]", set()),
+    ("import math\ndef g(a): return math.floor(a) + h\nh = 1\nassert f(g(1)) and re.match", set()),
+    ("def check(candidate):\n  global state\n  state = 1\nassert candidate() == state", set()),
+    ("try:\n  f()\nexcept ValueError as error:\n  assert str(error)", set()),
+    ("assert f(Pair(1, 2)) == g(3)", {"Pair", "g"}),
+    ("def check():\n  g = 1\n  assert f(g) == Pair(1, 2)\nassert g", {"Pair", "g"}),
+    ("from x import *\nassert f(Pair(1, 2))", set()),
+    ("assert f(Pair(1, 2)", set()),
+  ],
+)
+def test_names_that_only_a_solution_defines(tests, unknown):
+  assert unknown_names(tests, PRELUDE, "f") == unknown
 
 
 BOX = "So $x = \\frac{1}{4} + \\frac{1}{4} = \\boxed{\\frac{1}{2}}$."
@@ -506,13 +585,15 @@ def test_hotpotqa_and_drop_read_aflows_rows_and_the_public_ones():
   public = {"passage": "p", "question": "q", "query_id": "x"}
   problem = drop.to_problem({**public, "answer": date, "validated_answers": [number]}, 0)
   assert problem.answer == [["4 May 1820"], ["3"]] and "Question: q" in problem.prompt
-  hub = drop.to_problem({**public, "answers_spans": {"spans": ["Al", "Bo"], "types": []}}, 0)
-  assert hub.answer == [["Al", "Bo"]]
-  assert (
-    asyncio.run(drop.grade(hub, "Al and Bo")).score
-    < 1
-    == asyncio.run(drop.grade(hub, "<answer>Bo|Al</answer>")).score
-  )
+  hub = drop.to_problem({**public, "answers_spans": {"spans": ["Al", "Bo", "Al"]}}, 0)
+  assert hub.answer == [["Al"], ["Bo"], ["Al", "Bo"]]
+  for response, correct in (("<answer>Bo|Al</answer>", 1), ("Bo", 1), ("Al and Bo", 0)):
+    assert asyncio.run(drop.grade(hub, response)).correct == correct
+  hub = drop.to_problem({**public, "answers_spans": {"spans": ["13", "13"]}}, 0)
+  assert asyncio.run(drop.grade(hub, "13")).score == 1.0
+  for spans_of_none in ([], [" "], "13", None):
+    with pytest.raises(ValueError, match="answers_spans"):
+      drop.to_problem({**public, "answers_spans": {"spans": spans_of_none}}, 0)
   with pytest.raises(ValueError, match="ref_text"):
     drop.to_problem({"context": "x", "ref_text": " | "}, 0)
 
@@ -651,6 +732,52 @@ def test_mbpp_is_judged_by_its_assertions(sandbox, response, correct, reason):
   grade = asyncio.run(task.grade(problem, response))
   assert grade.correct is correct and grade.reason.startswith(reason), grade
   assert "secret" not in grade.reason
+
+
+ITERATORS = {
+  "filter(lambda x: x in b, a)": "set(f(A, B)) == {4, 5}",
+  "map(abs, a)": "list(f(A, B)) == A",
+  "zip(a, b)": "list(f(A, B))[0] == (3, 5)",
+  "(x for x in a)": "sorted(f(A, B)) == A",
+  "reversed(a)": "next(f(A, B)) == 5",
+  "enumerate(a)": "dict(f(A, B)) == {0: 3, 1: 4, 2: 5}",
+  "iter([iter(a)])": "[list(one) for one in f(A, B)] == [A]",
+  "dict.fromkeys(a).keys()": "f(A, B) == {3, 4, 5} and len(f(A, B)) == 3",
+  "{3: 4, 5: [6]}.items()": "(3, 4) in f(A, B) and len(f(A, B)) == 2",
+  "{3: 4, 5: [6]}.values()": "sorted(map(str, f(A, B))) == ['4', '[6]']",
+  "range(2, 9, 3)": "f(A, B) == range(2, 9, 3) and f(A, B)[1] == 5",
+}
+
+
+@pytest.mark.parametrize("value", ITERATORS)
+def test_a_solution_may_return_an_iterator_or_a_view(sandbox, value):
+  tests = f"A, B = [3, 4, 5], [5, 7, 4]\nassert {ITERATORS[value]}"
+  exec(tests, {"f": lambda a, b: eval(value, {"a": a, "b": b})})  # as in one namespace
+  problem = Problem("i", "", entry_point="f", hidden={"test": tests})
+  task = make_task({"name": "mbpp"}, sandbox)
+  grade = asyncio.run(task.grade(problem, f"def f(a, b):\n  return {value}"))
+  assert grade.correct, grade
+  assert not asyncio.run(task.grade(problem, "def f(a, b):\n  return iter([9])")).correct
+
+
+def test_an_iterator_is_one_shot_and_has_an_end(sandbox):
+  task = make_task({"name": "mbpp"}, sandbox)
+  tests = "it = f()\nassert list(it) == [0, 1]\nassert list(it) == []\nassert it != [0, 1]"
+  problem = Problem("i", "", entry_point="f", hidden={"test": tests})
+  start = "import itertools\nclass It:\n  def __init__(self): self.n = -1\n"
+  start += "  def __iter__(self): return self\n  def __eq__(self, other): return False\n"
+  start += "  def __next__(self):\n    self.n += 1\n    if self.n > LAST: raise StopIteration\n"
+  for body, last, correct in (
+    ("It()", 1, True),
+    ("[0, 1]", 0, False),  # a list can be read twice
+    ("It()", "self.n", False),
+    ("itertools.count()", 0, False),
+    ("(1 // 0 for _ in range(2))", 0, False),
+    ("itertools.repeat(itertools.count())", 0, False),
+  ):
+    response = start.replace("LAST", str(last)) + f"    return self.n\ndef f(): return {body}"
+    grade = asyncio.run(task.grade(problem, response))
+    assert grade.correct is correct and (correct or grade.reason.startswith("wrong")), grade
 
 
 def test_mbpp_reads_aflows_rows_and_a_function_called_check(sandbox):

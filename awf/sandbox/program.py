@@ -15,7 +15,9 @@ import collections
 import decimal
 import fractions
 import inspect
+import itertools
 import sys
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from typing import Any
 
 from awf.sandbox.child import PROGRAM_FILE, CappedText, Channel, JobError, clean, describe
@@ -26,6 +28,7 @@ MAX_DEPTH = 150
 MAX_NODES = 20_000
 TEXT_CHARS = 10_000
 MAX_VALUE_BYTES = 200_000
+MAX_ENTRIES = 50_000  # of an iterator that crosses
 
 ALLOWED_MODULES = frozenset(
   "__future__ abc array ast asyncio base64 binascii bisect calendar cmath collections "
@@ -143,14 +146,19 @@ _PLAIN_COPIES = {
   float: float.__pos__,
   str: str.__str__,
 }
+_VIEWS = {"keys": KeysView, "values": ValuesView, "items": ItemsView}
 
 
 def encode_value(value: Any, depth: int = 0) -> Any:
   """JSON form of a Python value that keeps tuples, sets, bytes, deques, ranges, complex and exact
   numbers, odd floats and odd keys. An instance of a subclass crosses as the built-in beneath it.
 
+  An iterator is run to its end here, and what it gave crosses as an iterator; the view of a dict
+  crosses as the view of a dict of its own.
+
   Raises:
-    ValueError: a type that has no such form, or nesting beyond 50 levels.
+    ValueError: a type that has no such form, nesting beyond 50 levels, or an iterator of more than
+      MAX_ENTRIES values. Whatever an iterator raises comes through.
   """
   kind = type(value)
   if depth > 50:
@@ -189,7 +197,20 @@ def encode_value(value: Any, depth: int = 0) -> Any:
   for base, copy in _PLAIN_COPIES.items():
     if isinstance(value, base):  # Counter, defaultdict, a named tuple, IntEnum ...
       return encode_value(copy(value), depth + 1)
+  for name, view in _VIEWS.items():
+    if isinstance(value, view):
+      return {"@": name, "v": _entries(value, depth)}
+  if isinstance(value, Iterator):
+    return {"@": "iterator", "v": _entries(value, depth)}
   raise ValueError(f"a value of type {kind_name(kind)} cannot cross")
+
+
+def _entries(values: Any, depth: int) -> list[Any]:
+  """The encoded entries of an iterator or a view, which need not have an end."""
+  entries = [encode_value(entry, depth + 1) for entry in itertools.islice(values, MAX_ENTRIES + 1)]
+  if len(entries) > MAX_ENTRIES:
+    raise ValueError(f"an iterator of more than {MAX_ENTRIES} values cannot cross")
+  return entries
 
 
 _CONTAINERS = {
@@ -197,6 +218,10 @@ _CONTAINERS = {
   "set": set,
   "frozenset": frozenset,
   "deque": collections.deque,
+  "iterator": iter,
+  "keys": lambda entries: dict.fromkeys(entries).keys(),
+  "values": lambda entries: dict(enumerate(entries)).values(),
+  "items": lambda entries: dict(entries).items(),
 }
 _NUMBERS = {"Decimal": decimal.Decimal, "Fraction": fractions.Fraction}
 

@@ -4,10 +4,18 @@ processes that share nothing."""
 from __future__ import annotations
 
 import ast
+import builtins
+import collections
 import dataclasses
+import logging
 import os
+import pathlib
 import re
-from typing import TYPE_CHECKING, ClassVar
+import symtable
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from awf.tasks.base import DatasetEvaluator, read_rows
 from awf.types import Failure, Grade, Problem, UserError, stable_hash
@@ -15,12 +23,26 @@ from awf.types import Failure, Grade, Problem, UserError, stable_hash
 if TYPE_CHECKING:
   from awf.sandbox import Sandbox
 
+log = logging.getLogger(__name__)
+
 # What AFlow's graders have in scope.
 PRELUDE = (
   "import hashlib\nimport math\nimport re\nfrom typing import Any, Dict, List, Optional, Tuple\n"
 )
 MAX_CODE_CHARS = 60_000
 MAX_REASON_CHARS = 80
+# Functions that AFlow gives no public tests, whatever its files hold.
+NO_PUBLIC_TESTS = {
+  "HumanEval": frozenset(
+    "find_zero decode_cyclic decode_shift by_length add triangle_area correct_bracketing solve "
+    "sum_squares starts_one_ends".split()
+  ),
+  "MBPP": frozenset(
+    "remove_odd replace_spaces snake_to_camel Split swap_List square_Sum sort_sublists "
+    "unique_sublists".split()
+  ),
+}
+_GIVEN = {*dir(builtins), "candidate", "__name__", "__doc__", "__builtins__"}  # to all tests
 _FENCE = re.compile(
   r"^[ \t]*```[ \t]*([\w+-]*)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE
 )
@@ -41,6 +63,38 @@ def defines(source: str, name: str) -> bool:
     )
     for node in body
   )
+
+
+def unknown_names(tests: str, prelude: str, entry_point: str) -> set[str]:
+  """Names that tests use and that only a solution could define, so that no solution passes them.
+
+  Empty where that cannot be told: something does not parse, or imports by star.
+  """
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # odd escapes
+      (bound, used), (helpers, _) = _global_names(tests), _global_names(prelude)
+  except (SyntaxError, ValueError, RecursionError, MemoryError):
+    return set()
+  if "*" in bound | helpers:
+    return set()
+  return used - bound - helpers - _GIVEN - {entry_point}
+
+
+def _global_names(source: str) -> tuple[set[str], set[str]]:
+  """(bound, used) global names of Python source; "*" is bound by an import by star."""
+  imports = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
+  bound = {"*" for node in imports for alias in node.names if alias.name == "*"}
+  used: set[str] = set()
+  module = symtable.symtable(source, "tests", "exec")
+  scopes = [module]
+  while scopes:
+    scope = scopes.pop()
+    scopes += scope.get_children()
+    names = [one for one in scope.get_symbols() if scope is module or one.is_global()]
+    bound |= {one.get_name() for one in names if one.is_assigned() or one.is_imported()}
+    used |= {one.get_name() for one in names if one.is_referenced()}
+  return bound, used
 
 
 def find_solution(response: str, prompt: str, entry_point: str) -> str:
@@ -113,14 +167,36 @@ class CodeEvaluator(DatasetEvaluator):
   is_completion: ClassVar[bool] = False  # whether a prompt is code that a response may continue
 
   def load_dataset(self, path: str | os.PathLike[str] = "", limit: int = 0) -> list[Problem]:
-    """As in the base; a folder's `_public_test.jsonl` {entry_point, test: [...]} gives the tests
-    that workflows may run, in the place of the data set's own."""
-    problems = super().load_dataset(path, limit)
+    """As in the base, without the problems whose tests need a name that only a solution defines.
+
+    A folder's `_public_test.jsonl` {entry_point, test: [...]} gives the tests that workflows may
+    run, in the place of the data set's own: those of the row with the problem's `task_id`, else of
+    its function's name, when that name is the only one of its kind in the file and in the data set.
+    """
+    problems = super().load_dataset(path, sys.maxsize)
     folder = self._folder(os.fspath(path))
     file = folder and folder / f"{self.dataset.lower()}_public_test.jsonl"
-    if not file or not file.is_file():
-      return problems
-    public: dict[str, tuple[str, ...]] = {}
+    if file and file.is_file():
+      problems = self._with_public_tests(problems, file)
+    unknown = {problem.id: _unknown(problem) for problem in problems}
+    kept = [problem for problem in problems if not unknown[problem.id]]
+    if len(kept) < len(problems):
+      names = sorted(set().union(*unknown.values()))
+      log.warning(
+        "%s: %d of %d problems are left out, as their tests use what only a solution defines: %s",
+        self.name, len(problems) - len(kept), len(problems), ", ".join(names[:8]),
+      )  # fmt: skip
+    if not kept:
+      raise UserError(f"no problem of {self.name} has tests that stand alone (config.task.path)")
+    return self._limited(kept, limit or self.config.limit)
+
+  def raw_rows(self) -> Iterable[tuple[Mapping[str, Any], Problem]]:
+    """As in the base, without the rows that `load_dataset` leaves out."""
+    return ((row, problem) for row, problem in super().raw_rows() if not _unknown(problem))
+
+  def _with_public_tests(self, problems: Sequence[Problem], file: pathlib.Path) -> list[Problem]:
+    by_id: dict[tuple[str, str], tuple[str, ...]] = {}
+    by_name: dict[str, set[tuple[str, ...]]] = collections.defaultdict(set)
     for row, line in read_rows(file):
       tests = row.get("test") if isinstance(row, dict) else None
       tests = [tests] if isinstance(tests, str) else tests
@@ -128,11 +204,20 @@ class CodeEvaluator(DatasetEvaluator):
         raise UserError(
           f"{file}, line {line}: expected {{entry_point, test: [texts]}} (config.task.path)"
         )
-      public[str(row.get("entry_point"))] = tuple(tests)
-    return [
-      dataclasses.replace(p, public_tests=public.get(p.entry_point, p.public_tests))
-      for p in problems
-    ]
+      name = str(row.get("entry_point"))
+      if row.get("task_id") is not None:
+        by_id[str(row["task_id"]), name] = tuple(tests)
+      by_name[name].add(tuple(tests))
+    for name, count in collections.Counter(p.entry_point for p in problems).items():
+      if count > 1 or len(by_name[name]) > 1 or name in NO_PUBLIC_TESTS.get(self.dataset, ()):
+        by_name.pop(name, None)
+
+    def tests_of(problem: Problem) -> tuple[str, ...]:
+      name = problem.entry_point
+      (named,) = by_name.get(name) or {problem.public_tests}
+      return by_id.get((problem.id, name), named)
+
+    return [dataclasses.replace(p, public_tests=tests_of(p)) for p in problems]
 
   async def grade(self, problem: Problem, response: str) -> Grade:
     assert self.sandbox is not None
@@ -153,3 +238,8 @@ class CodeEvaluator(DatasetEvaluator):
     score = float("nan") if failure.kind == "infrastructure" else 0.0
     kind = None if failure.kind == "wrong" else failure.kind
     return Grade(score, False, shown, f"{failure.kind}: {failure.message}", kind)
+
+
+def _unknown(problem: Problem) -> set[str]:
+  hidden = problem.hidden
+  return unknown_names(hidden["test"], hidden.get("prelude", ""), problem.entry_point)

@@ -62,16 +62,25 @@ def _references(text: str) -> list[list[str]]:
 
   The file does not say whether its pipes stand between annotators or between spans.
   """
-  parts = list(dict.fromkeys(_spans(text)))
+  return _each_and_all(_spans(text))
+
+
+def _each_and_all(parts: Sequence[str]) -> list[list[str]]:
+  parts = list(dict.fromkeys(parts))
   return [[part] for part in parts] + ([parts] if len(parts) > 1 else [])
 
 
 def _annotated(row: Mapping[str, Any]) -> list[list[str]]:
-  """The answers of all annotators, each a list of spans."""
+  """The answers of all annotators, each a list of spans.
+
+  The hub's `answers_spans` is one flat list over all annotators, so it is read as `ref_text` is.
+  """
   found = row.get("answers_spans")
   if isinstance(found, dict):
     spans = found.get("spans")
-    return [list(map(str, spans))] if isinstance(spans, Sequence) and spans else []
+    if not isinstance(spans, Sequence) or isinstance(spans, str):
+      return []
+    return _each_and_all([text for text in map(str, spans) if text.strip()])
   validated = row.get("validated_answers")
   answers = [row.get("answer"), *(validated if isinstance(validated, list) else [])]
   return [spans for spans in map(_official, answers) if spans]

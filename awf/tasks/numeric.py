@@ -88,7 +88,7 @@ def _from_last_line(text: str) -> Extraction | None:
   lines = [line for line in text.splitlines() if line.strip(" \t*`.$")]
   if not lines:
     return None
-  line = quantities.clean(_end(lines[-1]))
+  line = quantities.clean(_end(lines[-1]), is_prose=True)
   found = list(quantities.find_numbers(line))
   marked = None
   for marker in _MARKER.finditer(line):
@@ -106,7 +106,7 @@ def _end(line: str) -> str:
 
 def _from_last_number(text: str) -> Extraction | None:
   for line in reversed(text.splitlines()):
-    cleaned = quantities.clean(_end(line))
+    cleaned = quantities.clean(_end(line), is_prose=True)
     found = list(quantities.find_numbers(cleaned))
     if found:
       return Extraction(cleaned[found[-1].start : found[-1].end], "last_number", False)

@@ -32,8 +32,15 @@ _CHARACTERS = str.maketrans(
     "³": "^3",
   }
 )
+_THOUSANDS = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])"
 _LATEX = (
-  (re.compile(r"\\(?:left|right|displaystyle|textstyle|big|Big|!|,)(?![A-Za-z])"), ""),
+  # Commas that are spelt as thousands stay so inside brackets, where a plain one separates.
+  (re.compile(r"(?<=[0-9])(?:\{,\}|,\\!)(?=[0-9]{3}(?![0-9]))"), ""),
+  (
+    re.compile(rf"(?<=[(\[])\s?\\?[$€£¥]\s?{_THOUSANDS}"),
+    lambda match: match.group().replace(",", ""),
+  ),
+  (re.compile(r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?|!|,)(?![A-Za-z])"), ""),
   (re.compile(r"\\(?:left|right)(?=[A-Za-z])"), ""),
   (re.compile(r"\\(?:quad|qquad|;|:| )"), " "),
   (re.compile(r"\{,\}"), ","),
@@ -51,7 +58,8 @@ _LATEX = (
   # Markdown emphasis, but not Python's power sign between two operands.
   (re.compile(r"(?<![0-9A-Za-z)])\*\*|\*\*(?![0-9A-Za-z(])"), ""),
 )
-_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+_POINT = re.compile(r"(?:(?<!\\)[(\[]|\\\{)[-+0-9.,/\s]*(?:[)\]]|\\\})")  # or interval, or set
+_INTEGER = rf"(?:{_THOUSANDS}|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|(?<!\.)\.[0-9]+)"
 _NUMBER = re.compile(
   rf"(?<![0-9A-Za-z_^\\])(?<![0-9]\.)(?:"
@@ -77,15 +85,20 @@ class Quantity:
   end: int
 
 
-def clean(text: str) -> str:
-  """Replaces LaTeX typography, currency signs and unusual characters by plain ones."""
+def clean(text: str, is_prose: bool = False) -> str:
+  """Replaces LaTeX typography, currency signs and unusual characters by plain ones.
+
+  In an answer that is a point, interval or set of numbers, as (2,500), a blank follows each comma:
+  it has no thousands. In prose brackets say nothing about a number.
+  """
   for sign, fraction in _VULGAR.items():
     if sign in text:
       text = re.sub(rf"(?<=[0-9])\s*{sign}", f" {fraction}", text).replace(sign, fraction)
   text = re.sub(r"(?<!\\)\\\\(?=[%$,])", r"\\", text)
   for pattern, replacement in _LATEX:
     text = pattern.sub(replacement, text)
-  return text.translate(_CHARACTERS)
+  text = text.translate(_CHARACTERS)
+  return text if is_prose else _POINT.sub(lambda match: match.group().replace(",", ", "), text)
 
 
 def _decimal(text: str) -> Fraction | None:

@@ -7,8 +7,8 @@ from fractions import Fraction
 
 _NUMBER = re.compile(
   r"(?:(?<![\w.)\]}])[-\u2212]\s?)?"  # a sign, unless it subtracts
-  r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:(?<=\d)|(?=\.\d))(?:\.\d+)?"
-  r"(?:[eE][+-]?\d{1,3}(?!\w))?(?:\s?/\s?\d+)?"
+  r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+  r"(?:[eE][+-]?\d{1,3}(?!\w))?(?:\s?/\s?\d+)*"  # several: a date
 )
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _CODE_LINE = re.compile(r"^\s*(?:async\s+)?def\s+\w+\s*\(", re.MULTILINE)
@@ -27,20 +27,17 @@ MAX_DIGITS = 60
 
 
 def numbers(text: str) -> list[str]:
-  """All numbers of a text in one form: no thousands separators, reduced fractions, 7.0 as 7."""
-  found = []
-  for match in _NUMBER.finditer(text):
-    number = _normal_number(match.group())
-    if number is not None:
-      found.append(number)
-  return found
+  """All numbers of a text in one form: no thousands separators, reduced fractions, 7.0 as 7.
+
+  A date, as 9/11/2001, is one of them and stays as it is: it is not the fraction that it starts
+  with.
+  """
+  return [_normal_number(match.group()) for match in _NUMBER.finditer(text)]
 
 
-def _normal_number(text: str) -> str | None:
-  plain = text.replace(",", "").replace("\u2212", "-").replace(" ", "").rstrip("/")
-  if not any(c.isdigit() for c in plain):
-    return None
-  if len(plain) > MAX_DIGITS:
+def _normal_number(text: str) -> str:
+  plain = "".join(text.replace(",", "").replace("\u2212", "-").split())
+  if len(plain) > MAX_DIGITS or plain.count("/") > 1:
     return plain
   top, _, bottom = plain.partition("/")
   value = Fraction(top)
@@ -93,7 +90,7 @@ def _is_short_answer(text: str) -> bool:
 def _lone_number(text: str) -> str | None:
   """The number that a short answer is, units and names beside it left out; None if it is none."""
   text = _SPACING.sub(" ", _UNIT.sub(r" \1 ", text))
-  found = [m for m in _NUMBER.finditer(text) if _normal_number(m.group()) is not None]
+  found = list(_NUMBER.finditer(text))
   if len(found) != 1:
     return None
   before, after = text[: found[0].start()], text[found[0].end() :]

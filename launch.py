@@ -192,7 +192,7 @@ def _end_interrupted(
   """
   figures = error.figures if isinstance(error, Interrupted) else {}
   is_term = isinstance(error, _Terminated) or figures.get("signal") == "SIGTERM"
-  if command is None or not cli.MODES[command.mode].owns_workdir:
+  if command is None or not cli.MODES[command.mode].resumes:
     print("interrupted", file=sys.stderr, flush=True)
     return 143 if is_term else 130
   if not membership.is_writer():

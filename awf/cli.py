@@ -26,6 +26,7 @@ class Mode:
   function: str  # module:function, imported when the mode runs
   does: str
   owns_workdir: bool = False  # locks DIR, writes config.json and run.log
+  resumes: bool = False  # what it has done is kept when it is interrupted
   needs: tuple[str, ...] = ()  # flags without which it cannot run
   spans_hosts: bool = False  # may run as several processes (config.distributed)
 
@@ -35,16 +36,17 @@ MODES: dict[str, Mode] = {
     "awf.train:run_train",
     "search, collect, GRPO, checkpoint; resumes by itself",
     True,
+    True,
     spans_hosts=True,
   ),
-  "search": Mode("awf.train:run_search", "search with a frozen policy", True, spans_hosts=True),
+  "search": Mode("awf.train:run_search", "search with a frozen policy", True, True, spans_hosts=True),
   "eval": Mode(
     "awf.evaluate:run_eval",
     "score the test split: best, seed, plain call, self-consistency",
     True,
     spans_hosts=True,
   ),
-  "sft": Mode("awf.sft:run_sft", "supervised cold start on {prompt, response} lines", True),
+  "sft": Mode("awf.sft:run_sft", "supervised cold start on {prompt, response} lines", True, True),
   "generate": Mode(
     "awf.generate:run_generate", "JSON lines in, completions out", needs=("input", "output")
   ),

@@ -93,6 +93,6 @@ def closing_lines(summary: dict[str, Any], workdir: Any) -> list[str]:
     f"checkpoints: {workdir / 'checkpoints'}; search: {workdir / 'workspace'}; "
     f"proposals: {workdir / 'trajectories'}",
     f"TensorBoard: tensorboard --logdir {workdir / 'tb'}",
-    f"adapter for other programs: --mode=export --workdir={workdir}",
+    "adapter for other programs: the same command with --mode=export",
   ]
   return lines

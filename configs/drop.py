@@ -6,7 +6,7 @@
 
 800 problems of the training set for validation, 200 of the development set for test. AFlow's files
 by their folder (drop_validate.jsonl, drop_test.jsonl; fields context, ref_text):
-  --config.task.path=data/datasets
+  --config.task.path=AFlow/data/datasets
 """
 
 from configs.args import Choice, parse_args

@@ -7,7 +7,7 @@
 The first 1,000 problems of the official development set (distractor), split 800 / 200. AFlow's
 files by their folder (hotpotqa_validate.jsonl, hotpotqa_test.jsonl; fields question, answer,
 context):
-  --config.task.path=data/datasets
+  --config.task.path=AFlow/data/datasets
 """
 
 from configs.args import Choice, parse_args

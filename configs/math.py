@@ -6,7 +6,7 @@
 
 The home is MATH-500, split 400 / 100. AFlow's files by their folder (math_validate.jsonl,
 math_test.jsonl; fields problem, solution):
-  --config.task.path=data/datasets
+  --config.task.path=AFlow/data/datasets
 """
 
 from configs.args import Choice, parse_args

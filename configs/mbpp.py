@@ -7,7 +7,7 @@
 The home is the sanitised set of 427, split 342 / 85. AFlow's files by their folder
 (mbpp_validate.jsonl, mbpp_test.jsonl, mbpp_public_test.jsonl; fields prompt, entry_point,
 code, test):
-  --config.task.path=data/datasets
+  --config.task.path=AFlow/data/datasets
 """
 
 from configs.args import Choice, parse_args

@@ -279,6 +279,15 @@ def test_an_interrupted_run_says_how_to_resume(text, tmp_path, sent, code):
   assert last.startswith("interrupted") and "resume with: python launch.py --config=" in last
 
 
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_eval_keeps_nothing_and_says_so(capsys, tmp_path, monkeypatch, sent, code):
+  monkeypatch.setattr("awf.evaluate.run_eval", lambda *_: signal.raise_signal(sent))
+  argv = ["--config=configs/quickstart.py:smoke", "--mode=eval", f"--workdir={tmp_path / 'run'}"]
+  assert run(*argv) == code
+  out, err = capsys.readouterr()
+  assert out == "" and err.splitlines()[-1] == "interrupted"
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_while_the_command_line_is_read_waits_until_the_mode_is_known(
   capsys, text, tmp_path, monkeypatch, sent, code

@@ -101,7 +101,9 @@ def resolve(command):
     return ""
   if words[:2] == ["pip", "install"]:
     (what,) = [word for word in words[2:] if word != "-r"]
-    known = ("requirements.txt", "requirements-dev.txt", "jax[tpu]", "jax[cuda13]")
+    known = (
+          "requirements.txt", "requirements-dev.txt", "jax[tpu]", "jax[cuda13]", "tensorboard",
+        )  # fmt: skip
     assert what in known, command
     return ""
   if words[:2] == ["tensorboard", "--logdir"]:

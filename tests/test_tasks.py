@@ -31,6 +31,7 @@ from awf.tasks import (
 )
 from awf.tasks.code import PRELUDE, find_solution, unknown_names
 from awf.tasks.counted import CountedTask
+from awf.tasks.download import cache_dir
 from awf.tasks.humaneval import public_tests
 from awf.terminal import track
 from awf.types import Grade, Problem, UserError
@@ -273,6 +274,15 @@ def server(tmp_path, monkeypatch):
   web.shutdown()
   web.server_close()
   thread.join()
+
+
+@pytest.mark.parametrize("own", ["off", "none", "0", ""])
+def test_data_sets_are_kept_where_programs_are_not(monkeypatch, own):
+  monkeypatch.setenv("AWF_CACHE", own)
+  monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+  assert cache_dir() == pathlib.Path("/cache/awf/datasets")
+  monkeypatch.setenv("AWF_CACHE", "~/x")
+  assert cache_dir() == pathlib.Path.home() / "x" / "datasets"
 
 
 def test_download_checks_unpacks_and_caches(server, monkeypatch):

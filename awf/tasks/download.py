@@ -38,10 +38,13 @@ OFFLINE = (
 
 
 def cache_dir() -> pathlib.Path:
-  """$AWF_CACHE, or awf/ in the user's cache directory."""
-  own = os.environ.get("AWF_CACHE")
-  if own:
-    return pathlib.Path(own) / "datasets"
+  """$AWF_CACHE, or awf/ in the user's cache directory.
+
+  Switched off it keeps no programs (`awf.runtime_setup`); a file that was downloaded is kept.
+  """
+  own = os.environ.get("AWF_CACHE", "")
+  if own and own.lower() not in ("off", "none", "0"):
+    return pathlib.Path(own).expanduser() / "datasets"
   base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   return pathlib.Path(base) / "awf" / "datasets"
 

@@ -39,7 +39,9 @@ MODES: dict[str, Mode] = {
     True,
     spans_hosts=True,
   ),
-  "search": Mode("awf.train:run_search", "search with a frozen policy", True, True, spans_hosts=True),
+  "search": Mode(
+    "awf.train:run_search", "search with a frozen policy", True, True, spans_hosts=True
+  ),
   "eval": Mode(
     "awf.evaluate:run_eval",
     "score the test split: best, seed, plain call, self-consistency",

@@ -234,7 +234,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
   def token_bytes(self, token_id: int) -> bytes:
     token = self._parsing.id_to_token(token_id) or ""
-    if not self._has_bytes or token_id in self._added:
+    if not self._has_bytes or token_id in self._added or not _BYTE_OF.keys() >= set(token):
       return self.decode([token_id], skip_special=False).encode()
     return bytes(_BYTE_OF[character] for character in token)
 

@@ -28,7 +28,6 @@ from awf.sampler.request import OnPart, Output, Part, QueueFull, Request
 from awf.sampler.scheduler import Scheduler
 from awf.sampler.stream import PartStream
 from awf.sampler.text import Decode
-from awf.types import UserError
 
 __all__ = ["Engine", "Output", "Part", "QueueFull", "Request"]
 
@@ -39,10 +38,6 @@ PROMPT_BYTES = 3 << 29  # pages for prompts: what all rows could need unless tha
 STALL_TOKENS, GPU_STALL_TOKENS = 2048, 8192  # most prompt tokens of a dispatch in which rows decode
 QUEUE = 8192  # completions that may wait for a row unless told otherwise
 COUNTS = ("requests", "completions", "refused", "cancelled", "prompt_tokens", "tokens")
-NOT_FINITE = (
-  "config.model.compute_dtype: the logits are not finite; expected a type with the range for the "
-  "model's values (bfloat16, float32), and finite weights"
-)
 
 
 def make_shapes(
@@ -393,10 +388,7 @@ class Engine:
     if work is None:
       return True
     drawn = self.device.run(self._adapters[scheduler.version], work)
-    parts, done, failed = scheduler.harvest(*drawn)
-    for job in failed:
-      scheduler.drop(job)
-      self._end(job, UserError(NOT_FINITE))
+    parts, done = scheduler.harvest(*drawn)
     for job, part in parts:
       try:
         if not job.is_ended:

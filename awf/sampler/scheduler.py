@@ -319,17 +319,15 @@ class Scheduler:
 
   def harvest(
     self, packed: np.ndarray, top_SXB: np.ndarray | None
-  ) -> tuple[list[tuple[Job, Part]], list[Job], list[Job]]:
+  ) -> tuple[list[tuple[Job, Part]], list[Job]]:
     """Takes over one dispatch's result.
 
     Returns:
-      (what every completion gained, jobs all of whose outputs are there now, jobs whose logits were
-      no numbers: the caller drops them).
+      (what every completion gained, jobs all of whose outputs are there now).
     """
     drawn = unpack(packed, top_SXB, self.shapes.steps)
     parts: list[tuple[Job, Part]] = []
     done: list[Job] = []
-    failed: dict[Job, None] = {}
     for row, sequence in enumerate(self.rows):
       line = self.table_BX[row]
       if sequence is None or line[COLUMN["status"]] != RUNNING:
@@ -343,9 +341,6 @@ class Scheduler:
         x[:made, row].tolist() for x in (drawn.ids_SB, drawn.logp_SB, drawn.full_SB)
       )
       job = sequence.job
-      if np.isnan(logps).any():
-        failed[job] = None
-        continue
       top = job.request.top_logprobs
       tops = drawn.likeliest(row, made, top) if top else []
       part = sequence.take(ids, logps, fulls, tops, reason)
@@ -360,7 +355,7 @@ class Scheduler:
         line[COLUMN["token"]] = ids[-1]
         line[COLUMN["position"]] += made
         line[COLUMN["made"]] += made
-    return parts, done, list(failed)
+    return parts, done
 
   def _free_row(self, row: int) -> None:
     sequence, self.rows[row] = self.rows[row], None

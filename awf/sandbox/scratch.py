@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import stat
 
 DEEPEST = 64  # levels of directories that a job may nest
@@ -76,7 +77,7 @@ def remove(directory: str) -> None:
 
 
 def _empty(top: int) -> None:
-  count, stuck = 0, set()
+  moved, count, stuck = secrets.token_hex(8), 0, set()  # no name that is there already
   while waiting := [name for name in os.listdir(top) if name not in stuck]:
     for name in waiting:
       try:
@@ -90,7 +91,7 @@ def _empty(top: int) -> None:
             if _is_directory(one, inner):
               os.chmod(one, 0o700, dir_fd=inner)  # to move it is to write in it
               count += 1
-              os.rename(one, f"moved {count}", src_dir_fd=inner, dst_dir_fd=top)
+              os.rename(one, f"{moved}-{count}", src_dir_fd=inner, dst_dir_fd=top)
             else:
               os.unlink(one, dir_fd=inner)
         finally:

@@ -690,6 +690,10 @@ def test_hostile_directories_are_measured_and_removed(tmp_path):
   shallow.mkdir()
   os.close(nested(shallow, ["d"] * 40))
   assert not scratch.is_full(str(shallow), 100, 1_000_000)
+  steep = tmp_path / "steep"
+  steep.mkdir()
+  os.close(nested(steep, ["d"] * 80))
+  assert scratch.is_full(str(steep), 100, 1_000_000), "deeper than a job may nest"
   deep = tmp_path / "deep"
   deep.mkdir()
   os.close(nested(deep, ["d"] * 2000))
@@ -705,7 +709,7 @@ def test_hostile_directories_are_measured_and_removed(tmp_path):
   (closed / "in").chmod(0)
   closed.chmod(0o300)
   assert all(map(is_full, (plain, deep, long, closed)))
-  for folder in (plain, shallow, deep, long, closed):
+  for folder in (plain, shallow, steep, deep, long, closed):
     scratch.remove(str(folder))
     assert not folder.exists()
   scratch.remove(str(tmp_path / "nothing"))

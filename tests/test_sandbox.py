@@ -663,6 +663,46 @@ def test_latency_of_a_trivial_job(box):
 # --- private directories where no tmpfs bounds them
 
 
+CORES = """
+  import random
+  real_import = random.__builtins__["__import__"]
+  os, threading, time = map(real_import, ("os", "threading", "time"))
+
+  def {function}({argument}):
+    threading.stack_size(1 << 16)
+    leave = threading.Event()
+    for _ in range({count}):
+      threading.Thread(target=leave.wait, daemon=True).start()
+    deadline = time.monotonic() + {seconds}
+    others = {{thread.native_id for thread in threading.enumerate()[1:]}}
+    while time.monotonic() < deadline:
+      seen = [len(os.sched_getaffinity(tid)) for tid in (0, *others)]
+      if max(seen) == 1:
+        break
+    try:
+      os.sched_setaffinity(0, range(64))
+    except OSError:
+      seen.append(len(os.sched_getaffinity(0)))
+    leave.set()
+    return seen
+"""
+
+
+@pytest.mark.skipif(
+  not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one core"
+)
+@pytest.mark.parametrize("program", [False, True], ids=["source", "program"])
+def test_one_with_many_threads_is_kept_to_one_core(box, program):
+  """Each zygote does so for its own; a few threads keep every core."""
+  make, names = (program_job, ("solve", "")) if program else (source_job, ("main", "call"))
+  for count, seconds, expected in ((3, 1.0, len(os.sched_getaffinity(0))), (20, 20.0, 1)):
+    source = CORES.format(function=names[0], argument=names[1], count=count, seconds=seconds)
+    result = box.run_sync(make(source))
+    assert result.failure is None
+    seen = result.value["value"] if program else result.value
+    assert seen == [expected] * (count + 2)
+
+
 def nested(folder, names):
   """Makes directories in one another, however long their path is."""
   here = os.open(folder, os.O_RDONLY)

@@ -8,6 +8,7 @@ or signal beyond its own.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import fcntl
@@ -226,6 +227,21 @@ def seal(plan: JailPlan) -> None:
   number = syscalls.number(syscalls.SECCOMP, plan.machine)
   assert _libc is not None
   _require(_libc.syscall(ctypes.c_long(number), 1, 4, program) == 0, "seccomp")
+
+
+def pin(pid: int, number: int) -> None:
+  """Keeps every thread of a process, and those that they start, to one core, chosen by `number`.
+
+  The filter forbids the process to change it. Does nothing where the system has no such call.
+  """
+  if not hasattr(os, "sched_setaffinity"):
+    return
+  cores = sorted(os.sched_getaffinity(0))
+  core = cores[number % len(cores)]
+  with contextlib.suppress(OSError):  # it has ended, or /proc is not there
+    for thread in os.listdir(f"/proc/{pid}/task"):
+      with contextlib.suppress(OSError):
+        os.sched_setaffinity(int(thread), {core})
 
 
 def _require(holds: bool, layer: str) -> None:

@@ -21,12 +21,13 @@ from typing import Any
 from awf.sandbox import frames, protocol, scratch
 from awf.sandbox.launcher import ZygoteProcess
 from awf.sandbox.mailbox import Mailbox
-from awf.sandbox.schedule import Run, Schedule
+from awf.sandbox.schedule import Run, Schedule, threads_of
 from awf.types import Failure, UserError
 
 TICK_SECONDS = 0.2
 EXIT_SECONDS = 20.0
 MAX_RESTARTS = 5  # without a job that ended in between
+FREE_THREADS = 8  # of a job; with more it is kept to one core, or they would crowd out this program
 MOST_UNANSWERED = 1024  # calls of a job
 PROGRAMS = "awf.sandbox.program"  # the module of the jobs that get the numeric libraries
 
@@ -294,11 +295,14 @@ class Pool:
       self._kill(run)
 
   def _kill(self, run: Run) -> None:
-    assert self._zygote is not None
     self._schedule.stop_clock(run)
     run.dying, run.since = True, time.monotonic()
+    self._order("kill", run)
+
+  def _order(self, what: str, run: Run) -> None:
+    assert self._zygote is not None
     try:
-      self._zygote.send({"op": "kill", "id": run.number})
+      self._zygote.send({"op": what, "id": run.number})
     except OSError as error:
       self._zygote_lost(str(error))
 
@@ -353,6 +357,8 @@ class Pool:
         failure = protocol.over_budget(run, now)
         if failure is not None:
           self._stop(run, failure)
+        elif run.running and threads_of(run.pid) > FREE_THREADS:
+          self._order("pin", run)  # in every tick: some may have begun while others were pinned
 
   def _zygote_lost(self, reason: str) -> None:
     """The zygote died or hangs: ends it, starts another, repeats what was in flight."""

@@ -2,7 +2,8 @@
 
 It is started by the parent as a fresh interpreter, imports what jobs may need, freezes its heap and
 then serves control frames on one Unix socket: `spawn` (with the job's socket as SCM_RIGHTS),
-`kill`. It reports `started` and `exit` and ends when the parent closes the socket.
+`kill`, `pin` (to one core). It reports `started` and `exit` and ends when the parent closes the
+socket.
 
 Numeric libraries make a process so large that its fork, its page faults and its end cost twice as
 much. Only a second zygote has them, forked from the first; programs are forked from that one, and
@@ -130,12 +131,14 @@ class Zygote:
         os.close(descriptor)
       else:
         self._spawn(message, descriptor)
-    elif message["op"] == "kill":
-      entry = self._children.get(message["id"])
-      if entry is not None:
-        os.kill(entry[0], signal.SIGKILL)
-      elif self._numeric is not None:
-        self._numeric.send(message)
+    elif message["id"] in self._children:
+      pid, _ = self._children[message["id"]]
+      if message["op"] == "kill":
+        os.kill(pid, signal.SIGKILL)
+      else:
+        jail.pin(pid, message["id"])
+    elif self._numeric is not None:
+      self._numeric.send(message)
 
   def _spawn(self, message: dict[str, Any], descriptor: int) -> None:
     number, parent = message["id"], os.getpid()

@@ -181,6 +181,9 @@ def test_what_is_no_json_or_of_another_kind_ends_no_commit(tmp_path):
   processed = {"2": {"score": 0.9, "success": {}, "failure": {"4": entry}}}
   (path / "processed_experience.json").write_text(json.dumps(processed))
   (path / "round_4" / "experience.json").write_text("[{}]")
+  for row in ({"round": 10**400, "score": 0.1}, {"round": 1, "score": 10**400}):
+    rows.append(row)
+  (path / "results.json").write_text(json.dumps(rows))
   workspace = Workspace(tmp_path, "AIME", ("Custom",))
   nodes = workspace.adopt(PROBLEMS, SEED)
   assert {n.id: mean(n) for n in nodes} == pytest.approx(SCORES) and nodes[2].parent == 2

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +29,7 @@ from awf.search.stages import Trial, Verdict, reward_parts
 from awf.search.template import template_files
 from awf.system import System, make_executor
 from awf.tasks import make_task
+from awf.tasks.code import NO_PUBLIC_TESTS
 from awf.train import run_search, run_train
 from awf.types import Problem, Rollout, UserError, WorkflowSource
 from awf.workdir import Workdir
@@ -191,6 +194,53 @@ def test_an_operator_and_a_remote_client_of_ones_own_work_together(folder, monke
   written = template_files(offered)["operator.py"]  # what AFlow reads
   compile(written, "operator.py", "exec")
   assert "class Doubt(Operator):" in written and "awf" not in written.split("class Doubt")[1]
+
+
+FIX = "```python\ndef plus(a, b):\n  return a + b\n```"
+CHECK = f"""
+import asyncio, json, sys
+sys.path.insert(0, sys.argv[1])
+from template.operator import Test
+
+async def fix(prompt):
+  return {FIX!r}
+
+async def all_of_them():
+  test = Test(fix)
+  broken = "def plus(a, b):\\n  return a / 0"
+  for name, code in (("plus", broken), (sys.argv[2], "wrong"), ("x", "y")):
+    yield await test(problem="add", solution=code, entry_point=name)
+
+async def main():
+  print(json.dumps([one async for one in all_of_them()]))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("dataset", ["HumanEval", "MBPP", "GSM8K"])
+def test_test_finds_the_public_tests_in_aflows_folder(tmp_path, dataset):
+  """In the folder that we write and AFlow runs: its own file, its names without tests."""
+  folder = tmp_path / "workspace" / "template"
+  folder.mkdir(parents=True)
+  for name, text in template_files(("Custom", "Test"), dataset).items():
+    (folder / name).write_text(text)
+  (folder / "__init__.py").write_text("")
+  untested = min(NO_PUBLIC_TESTS.get(dataset, ("add",)))
+  data = tmp_path / "data" / "datasets"
+  data.mkdir(parents=True)
+  rows = [{"entry_point": n, "test": ["assert candidate(1, 2) == 3"]} for n in ("plus", untested)]
+  (data / f"{dataset.lower()}_public_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  done = subprocess.run(
+    [sys.executable, "-c", CHECK, str(folder.parent), untested], cwd=tmp_path, text=True,
+    check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+  )  # fmt: skip
+  first, second, third = json.loads(done.stdout)
+  fixed = (
+    "def plus(a, b):\n  return a + b" if dataset != "GSM8K" else "def plus(a, b):\n  return a / 0"
+  )
+  assert (first["result"], first["solution"]) == (True, fixed)
+  assert second == {"result": True, "solution": "wrong"} and third["solution"] == "y"
 
 
 def test_a_user_of_aflow_points_us_at_a_workspace(tmp_path, monkeypatch):

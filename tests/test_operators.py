@@ -17,6 +17,7 @@ from scripted import (
   source,
 )
 
+from awf.tasks.code import find_solution
 from awf.types import Problem, WorkflowSource
 from awf.workflow import prompts
 from awf.workflow.extract import choice_letter, code_of, normal_answer, numbers, tag
@@ -342,3 +343,48 @@ def test_code_and_tags():
   assert tag("<a>1</a><a> 2 </a>", "a") == "2"
   assert tag("<A>cut off", "a") == "cut off" and tag("nothing", "a") is None
   assert choice_letter("(B)", 2) == 1 and choice_letter("(C)", 2) is None
+
+
+@pytest.mark.parametrize(
+  ("reply", "index"),
+  [
+    ("B is a better choice", 1), ("C, as a matter of fact", 2), ("B. I checked it.", 1),
+    ("b", 1), ("(a)", 0), ("solution b", 1), ("The best is B", 1), ("I", None), ("Z", None),
+  ],
+)  # fmt: skip
+def test_an_article_is_no_letter(reply, index):
+  assert choice_letter(f"<solution_letter>{reply}</solution_letter>", 3) == index
+
+
+ADD = "def add(a, b):\n  return a + b"
+FENCED = {
+  "in a list": "1. Code:\n   ```python\n   def add(a, b):\n     return a + b\n   ```\n2. Done.",
+  "behind a text": f"Here it is: ```python\n{ADD}\n```",
+  "other line ends": f"```python\n{ADD}\n```\n".replace("\n", "\r\n"),
+  "a glued end": f"```python\n{ADD}```\nThat is all.",
+  "a title": f'```python title="add.py"\n{ADD}\n```',
+  "four signs": f"````python\n{ADD}\n````",
+  "no end": f"```py\n{ADD}",
+  "prose around": f"The code is\n\n{ADD}\n\nand it's simple:\nfrom 1 and 2 it makes 3.",
+}
+DOCUMENTED = 'def add(a, b):\n  """Adds.\n\n  ```python\n  add(1, 2)\n  ```\n  """\n  return a + b'
+
+
+@pytest.mark.parametrize("text", FENCED.values(), ids=FENCED)
+def test_code_is_found_however_it_is_fenced(text):
+  assert code_of(text) == find_solution(text, "", "add").strip() == ADD
+
+
+def test_a_fence_in_a_docstring_ends_nothing():
+  text = f"```python\n{DOCUMENTED}\n```\nor\n```python\n1 +\n```\n```text\nx\n```"
+  assert code_of(text) == f"{DOCUMENTED}\n\n1 +"
+  assert find_solution(text, "", "add") == DOCUMENTED
+
+
+def test_imports_and_helpers_stay_with_bare_code():
+  code = f"import math\n\ndef one():\n  return 1\n\n{ADD}"
+  assert code_of(f"So:\n{code}\nIt's done.") == code
+  assert find_solution(f"So:\n{code}\nIt's done.", "", "add") == code
+  assert code_of("from what I see, none\nimport it yourself!") == (
+    "from what I see, none\nimport it yourself!"
+  )

@@ -16,7 +16,17 @@ from fractions import Fraction
 
 import pytest
 
-from awf.sandbox import CallError, Job, Limits, Sandbox, SandboxConfig, frames, scratch, syscalls
+from awf.sandbox import (
+  CallError,
+  Job,
+  Limits,
+  Sandbox,
+  SandboxConfig,
+  frames,
+  launcher,
+  scratch,
+  syscalls,
+)
 from awf.sandbox.program import MAX_ENTRIES, decode_value, encode_value
 from awf.types import Failure, UserError
 
@@ -459,6 +469,30 @@ def test_two_lost_zygotes_are_an_infrastructure_failure():
     result = sandbox.run_sync(source_job("async def main(call):\n  await call('x')"), killer)
     assert result.failure.kind == "infrastructure"
     assert sandbox.run_sync(program_job("def solve():\n  return 1")).value["value"] == 1
+
+
+def test_those_behind_a_lost_zygote_are_tried_again(monkeypatch):
+  """The zygote is found lost while the pool goes through the runs in flight."""
+  config = SandboxConfig(workers=3, preload_numeric=False)
+  with Sandbox(config, preload=("sandbox_jobs",)) as sandbox:
+    broken = []
+
+    def send(zygote, message, descriptor=None, real=launcher.ZygoteProcess.send):
+      if message["op"] == "kill" and not broken:
+        broken.append(zygote)
+        raise BrokenPipeError
+      real(zygote, message, descriptor)
+
+    monkeypatch.setattr(launcher.ZygoteProcess, "send", send)
+    spin = source_job("def main(call):\n  while True: pass", limits=Limits(wall_seconds=0.5))
+    long = source_job("import time\ndef main(call):\n  time.sleep(1.5)\n  return 1")
+
+    async def all_of_them():
+      return await asyncio.gather(*(sandbox.run(job) for job in (spin, long, long)))
+
+    first, *rest = asyncio.run(all_of_them())
+  assert broken and first.failure.kind == "timeout"
+  assert [(one.value, one.failure) for one in rest] == [(1, None)] * 2
 
 
 def test_children_die_with_the_parent():

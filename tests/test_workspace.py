@@ -11,7 +11,9 @@ import pytest
 from search_world import PROBLEMS, SEED, in_order, make_search, reply, run_rounds, workflow
 
 from awf.sandbox import Sandbox, SandboxConfig
+from awf.search.stages import Trial
 from awf.search.tree import replay
+from awf.search.workspace import Workspace
 from awf.types import WorkflowSource
 from awf.workflow.contract import PRELOAD, graph_header
 
@@ -156,6 +158,17 @@ def test_aflow_runs_a_round_without_our_package(written):
   operators = load(path / "template" / "operator.json")
   assert list(operators) == ["Custom", "ScEnsemble", "Programmer"]
   assert all(set(o) == {"description", "interface"} for o in operators.values())
+
+
+def test_a_log_of_other_problems_goes(tmp_path):
+  """A round that failed on a part and fails nowhere in full has no log.json any more."""
+  log = aflow_workspace(tmp_path) / "round_1" / "log.json"
+  workspace = Workspace(tmp_path, "AIME", ("Custom",))
+  node = workspace.adopt(PROBLEMS, SEED)[0]
+  failed, right = Trial(PROBLEMS[0], 0.0, "no", "no"), Trial(PROBLEMS[1], 1.0, "yes", "yes")
+  for trials, expected in (((failed,), True), ((), True), ((right,), False)):
+    workspace.write_round(node, trials)
+    assert log.exists() is expected
 
 
 def test_the_journal_rebuilds_the_tree(written):

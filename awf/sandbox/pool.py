@@ -349,6 +349,8 @@ class Pool:
     now = time.monotonic()
     self._next_tick = now + TICK_SECONDS
     for run in list(self._schedule.alive.values()):
+      if run.number not in self._schedule.alive:
+        continue  # the zygote was lost on the way, and this one begins anew
       if run.dying:
         if now - run.since > EXIT_SECONDS:
           self._zygote_lost("it does not end a child")

@@ -334,4 +334,7 @@ def _number(value: Any) -> float | None:
   """A finite number, or None."""
   if isinstance(value, bool) or not isinstance(value, int | float):
     return None
-  return float(value) if math.isfinite(value) else None
+  try:
+    return float(value) if math.isfinite(value) else None
+  except OverflowError:  # an integer of more than 308 digits
+    return None

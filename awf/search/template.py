@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import textwrap
 
+from awf.tasks.code import NO_PUBLIC_TESTS
 from awf.workflow import contract, extract, operators, prompts
 from awf.workflow.own import own_sources
 
@@ -24,14 +26,29 @@ _BRIDGE = '''"""Puts AFlow's AsyncLLM behind the operators; programs run in awf'
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+# The public tests of AFlow's own Test, and the functions that it has none for.
+TEST_FILE = "@file@"
+UNTESTED = """@untested@""".split()
 
 
 class Session:
   """What Programmer and Test ask for beside the model."""
 
-  public_tests: tuple[str, ...] = ()
   _sandbox: Any = None
+
+  def tests_of(self, entry_point: str) -> tuple[str, ...]:
+    """The public tests of a function."""
+    if not TEST_FILE or entry_point in UNTESTED:
+      return ()
+    with open(TEST_FILE) as file:
+      for row in map(json.loads, filter(str.strip, file)):
+        if row["entry_point"] == entry_point:
+          tests = row["test"]
+          return (tests,) if isinstance(tests, str) else tuple(tests)
+    return ()
 
   async def call(self, method: str, params: Any) -> Any:
     """Runs a program (reply: failure, none, text) or a test (reply: passed, error)."""
@@ -77,6 +94,14 @@ def client_of(llm: Any, operator_name: str) -> ModelClient:
 '''
 
 
+def _bridge(dataset: str) -> str:
+  if dataset not in NO_PUBLIC_TESTS:
+    return _BRIDGE.replace("@file@", "").replace("@untested@", "")
+  names = textwrap.indent(textwrap.fill(" ".join(sorted(NO_PUBLIC_TESTS[dataset])), 90), "  ")
+  text = _BRIDGE.replace("@file@", f"data/datasets/{dataset.lower()}_public_test.jsonl")
+  return text.replace("@untested@", f"\n{names}\n")
+
+
 def operator_json(names: tuple[str, ...]) -> str:
   """operator.json: description and interface of the operators that are offered."""
   specs = {name: contract.OPERATORS[name] for name in names}
@@ -84,8 +109,8 @@ def operator_json(names: tuple[str, ...]) -> str:
   return json.dumps(data, indent=4) + "\n"
 
 
-def template_files(operators_offered: tuple[str, ...]) -> dict[str, str]:
-  """File name -> text of the template folder."""
+def template_files(operators_offered: tuple[str, ...], dataset: str = "") -> dict[str, str]:
+  """File name -> text of the template folder of a data set, named as AFlow names it."""
   text = inspect.getsource(operators)
   for ours, theirs in _IMPORTS:
     if text.count(ours) != 1:
@@ -96,5 +121,5 @@ def template_files(operators_offered: tuple[str, ...]) -> dict[str, str]:
     "operator.py": text + own_sources(operators_offered),
     "operator_an.py": inspect.getsource(extract),
     "op_prompt.py": inspect.getsource(prompts),
-    "bridge.py": _BRIDGE,
+    "bridge.py": _bridge(dataset),
   }

@@ -80,7 +80,7 @@ class Workspace:
     """
     if not self.is_kept:
       return
-    for name, text in template_files(self._operators).items():
+    for name, text in template_files(self._operators, self.dataset).items():
       _write(self.path / "template" / name, text)
     for id in self.round_ids():
       if id not in tree.nodes:
@@ -133,6 +133,8 @@ class Workspace:
     log = [_log_entry(t) for t in trials if t.score < LOGGED_BELOW]
     if log:
       _write(path / "log.json", _dump(log))
+    elif trials:
+      (path / "log.json").unlink(missing_ok=True)  # of an evaluation on other problems
     if any(not math.isnan(t.score) for t in trials):
       stamp = datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
       score = node.score if node.evaluated else 0.0

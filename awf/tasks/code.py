@@ -10,15 +10,16 @@ import dataclasses
 import logging
 import os
 import pathlib
-import re
 import symtable
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from awf.tasks.base import DatasetEvaluator, read_rows
 from awf.types import Failure, Grade, Problem, UserError, stable_hash
+from awf.workflow import extract
 
 if TYPE_CHECKING:
   from awf.sandbox import Sandbox
@@ -43,9 +44,6 @@ NO_PUBLIC_TESTS = {
   ),
 }
 _GIVEN = {*dir(builtins), "candidate", "__name__", "__doc__", "__builtins__"}  # to all tests
-_FENCE = re.compile(
-  r"^[ \t]*```[ \t]*([\w+-]*)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE
-)
 
 
 def defines(source: str, name: str) -> bool:
@@ -99,8 +97,10 @@ def _global_names(source: str) -> tuple[set[str], set[str]]:
 
 def find_solution(response: str, prompt: str, entry_point: str) -> str:
   """The code of a response: the last fence that defines the function, else the whole text if it
-  does, else `prompt` continued by the code, as a completion model writes it."""
-  fences = [body for _, body in _FENCE.findall(response)]
+  does, else the fences together, else what is code in the text; else `prompt` continued by the
+  code, as a completion model writes it."""
+  blocks = [body for _, body in extract.code_blocks(response)]
+  fences = [textwrap.dedent(body) for body in blocks]
   for body in reversed(fences):
     if defines(body, entry_point):
       return body
@@ -109,7 +109,12 @@ def find_solution(response: str, prompt: str, entry_point: str) -> str:
   joined = "\n\n".join(fences)
   if joined and defines(joined, entry_point):
     return joined
-  return prompt + "\n" + (fences[-1] if fences else response)
+  continued = prompt + "\n" + (blocks[-1] if blocks else response)
+  if not (prompt and defines(continued, entry_point)):
+    for body in extract.bare_code(response):
+      if defines(body, entry_point):
+        return body
+  return continued
 
 
 async def judge(

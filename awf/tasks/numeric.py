@@ -204,10 +204,14 @@ class NumericComparisonValidator:
         ours.percent == theirs.percent and abs(ours.value - theirs.value) <= self.tolerance
       )
       return equal, "" if equal else "wrong number"
-    if _plain(answer) == _plain(expected):
+    ours_plain, theirs_plain = _plain(answer), _plain(expected)
+    if ours_plain == theirs_plain:
       return True, ""
+    if theirs is None and ours_plain == theirs_plain.replace(", ", ","):
+      return True, ""  # a list of two, of which the answer makes 1,200
+    lists = ours is None and theirs is None and "," in answer and "," in expected
     if self._latex is None or not (
-      _MATH.search(answer) or (theirs is None and _MATH.search(expected))
+      lists or _MATH.search(answer) or (theirs is None and _MATH.search(expected))
     ):
       reason = "not one number" if ours is None and theirs is not None else "wrong answer"
       return False, reason

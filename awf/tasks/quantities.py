@@ -47,10 +47,11 @@ _LATEX = (
   (re.compile(r"(?<=[A-Za-z])\\?[$€£¥](?=\s?[0-9.])"), " "),  # US$5
   (re.compile(r"\\\$"), ""),
   (re.compile(r"\\%"), "%"),
-  (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree"), " deg "),
+  (re.compile(r"\^\s*(?:\{\s*)?\\(?:circ|degree)\s*\}?|\\degree"), " deg "),
   (re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|textit)\s*\{([^{}]*)\}"), r" \1 "),
   (re.compile(r"(?<=[0-9])\s*\\[dtc]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}"), r" \1/\2"),
   (re.compile(r"\\[dtc]?frac\s*\{\s*(-?[0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}"), r"\1/\2"),
+  (re.compile(r"(?<=[0-9])\s*\\[dtc]?frac\s*([0-9])\s*([0-9])(?![0-9])"), r" \1/\2"),
   (re.compile(r"\\[dtc]?frac\s*([0-9])\s*([0-9])(?![0-9])"), r"\1/\2"),
   (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "×"),
   (re.compile(r"([\^_])\{([0-9]+)\}"), r"\1\2"),

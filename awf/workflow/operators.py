@@ -190,7 +190,7 @@ class Test(Operator):
 
   async def _failure(self, solution: str, entry_point: str) -> str:
     """One line on the first public test that fails, "" when all pass."""
-    for tests in self.llm.session.public_tests:
+    for tests in self.llm.session.tests_of(entry_point):
       reply = await self.llm.session.call(
         "test", {"solution": solution, "tests": tests, "entry_point": entry_point}
       )

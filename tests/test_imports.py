@@ -19,6 +19,7 @@ LEVELS = {
       "faults",
       "files",
       "interrupt",
+      "python_text",
       "remat",
       "terminal",
       "hub",
@@ -43,6 +44,7 @@ ALLOWED_ONLY_IN = {
 }
 CHILD = (
   "awf.types",
+  "awf.python_text",
   "awf.sandbox",
   "awf.workflow.runtime",
   "awf.workflow.operators",

@@ -17,10 +17,11 @@ from scripted import (
   source,
 )
 
+from awf.python_text import code_of
 from awf.tasks.code import find_solution
 from awf.types import Problem, WorkflowSource
 from awf.workflow import prompts
-from awf.workflow.extract import choice_letter, code_of, normal_answer, numbers, tag
+from awf.workflow.extract import choice_letter, normal_answer, numbers, tag
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,14 @@ import inspect
 import json
 import textwrap
 
+from awf import python_text
 from awf.tasks.code import NO_PUBLIC_TESTS
 from awf.workflow import contract, extract, operators, prompts
 from awf.workflow.own import own_sources
 
 # Import lines of awf/workflow/operators.py and what stands for them inside the folder.
 _IMPORTS = (
+  ("from awf.python_text import ", "from .python_text import "),
   ("from awf.workflow import prompts\n", "from . import op_prompt as prompts\n"),
   ("from awf.workflow.client import ", "from .bridge import "),
   ("from awf.workflow.extract import ", "from .operator_an import "),
@@ -119,7 +121,8 @@ def template_files(operators_offered: tuple[str, ...], dataset: str = "") -> dic
   return {
     "operator.json": operator_json(operators_offered),
     "operator.py": text + own_sources(operators_offered),
-    "operator_an.py": inspect.getsource(extract),
+    "operator_an.py": inspect.getsource(extract).replace(*_IMPORTS[0]),
+    "python_text.py": inspect.getsource(python_text),
     "op_prompt.py": inspect.getsource(prompts),
     "bridge.py": _bridge(dataset),
   }

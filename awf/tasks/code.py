@@ -17,9 +17,9 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from awf import python_text
 from awf.tasks.base import DatasetEvaluator, read_rows
 from awf.types import Failure, Grade, Problem, UserError, stable_hash
-from awf.workflow import extract
 
 if TYPE_CHECKING:
   from awf.sandbox import Sandbox
@@ -99,7 +99,7 @@ def find_solution(response: str, prompt: str, entry_point: str) -> str:
   """The code of a response: the last fence that defines the function, else the whole text if it
   does, else the fences together, else what is code in the text; else `prompt` continued by the
   code, as a completion model writes it."""
-  blocks = [body for _, body in extract.code_blocks(response)]
+  blocks = [body for _, body in python_text.code_blocks(response)]
   fences = [textwrap.dedent(body) for body in blocks]
   for body in reversed(fences):
     if defines(body, entry_point):
@@ -111,7 +111,7 @@ def find_solution(response: str, prompt: str, entry_point: str) -> str:
     return joined
   continued = prompt + "\n" + (blocks[-1] if blocks else response)
   if not (prompt and defines(continued, entry_point)):
-    for body in extract.bare_code(response):
+    for body in python_text.bare_code(response):
       if defines(body, entry_point):
         return body
   return continued

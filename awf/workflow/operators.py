@@ -16,9 +16,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from awf.python_text import code_of
 from awf.workflow import prompts
 from awf.workflow.client import ModelClient, client_of, malformed
-from awf.workflow.extract import choice_letter, code_of, normal_answer, tag
+from awf.workflow.extract import choice_letter, normal_answer, tag
 
 T = TypeVar("T")
 

@@ -7,7 +7,9 @@ import re
 import textwrap
 import warnings
 
-_FENCE = re.compile(r"(`{3,})[ \t]*(?:(python\w*|py3?)\b[^`]*|([\w+-]*)[ \t]*)$", re.IGNORECASE)
+_FENCE = re.compile(
+  r"(?:[^`]|`{1,2}(?!`))*(`{3,})[ \t]*(?:(python\w*|py3?)\b[^`]*|([\w+-]*)[ \t]*)$", re.IGNORECASE
+)
 _CODE_START = re.compile(r"(?:import|from|async|def|class)\s|@\w")
 MAX_FENCE_ENDS = 4  # tried before a block counts as no Python
 MAX_CODE_STARTS = 8  # lines of a reply without fences that its code may begin in
@@ -43,7 +45,7 @@ def code_blocks(text: str) -> list[tuple[str, str]]:
   blocks = []
   i = 0
   while i < len(lines):
-    opening = _FENCE.search(lines[i])
+    opening = _FENCE.match(lines[i])
     i += 1
     if opening is not None:
       body, i = _block(lines, i, opening[1])

@@ -360,12 +360,13 @@ def test_an_article_is_no_letter(reply, index):
 ADD = "def add(a, b):\n  return a + b"
 FENCED = {
   "in a list": "1. Code:\n   ```python\n   def add(a, b):\n     return a + b\n   ```\n2. Done.",
-  "behind a text": f"Here it is: ```python\n{ADD}\n```",
+  "behind a text": f"``Here`` is `add`: ```python\n{ADD}\n```",
   "other line ends": f"```python\n{ADD}\n```\n".replace("\n", "\r\n"),
   "a glued end": f"```python\n{ADD}```\nThat is all.",
   "a title": f'```python title="add.py"\n{ADD}\n```',
   "four signs": f"````python\n{ADD}\n````",
   "no end": f"```py\n{ADD}",
+  "code within a line": f"Use ```add``` so: ```2 + 3``` is ```add(2, 3)```\n```\n{ADD}\n```",
   "prose around": f"The code is\n\n{ADD}\n\nand it's simple:\nfrom 1 and 2 it makes 3.",
 }
 DOCUMENTED = 'def add(a, b):\n  """Adds.\n\n  ```python\n  add(1, 2)\n  ```\n  """\n  return a + b'

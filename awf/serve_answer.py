@@ -40,6 +40,7 @@ class Choice:
   tokenizer: Tokenizer
   sent: int = 0  # characters
   tokens: int = 0  # drawn, the one that stopped it included
+  held: list[Token] = dataclasses.field(default_factory=list)  # that a stop string may take back
 
   def take(self, part: Part | Output) -> tuple[str, list[Token]]:
     """(new text that no stop string can take back, its tokens where log-probs are asked for).
@@ -50,7 +51,7 @@ class Choice:
     by_id = part.finish_reason == "stop" and part.stop is None
     spoken = part.token_ids[:-1] if by_id else part.token_ids
     self.tokens += len(part.token_ids)
-    rows = []
+    rows, self.held = self.held, []
     for i, token_id in enumerate(spoken):
       place = len(self.stream.text)
       self.stream.add(token_id)
@@ -65,7 +66,9 @@ class Choice:
       end = self.stream.sure
     text = self.stream.text[self.sent : end]
     self.sent = max(self.sent, end)
-    if self.stream.stop is not None:
+    if part.finish_reason is None:
+      self.held = [row for row in rows if row.place >= end]
+    if part.finish_reason is None or self.stream.stop is not None:
       rows = [row for row in rows if row.place < end]
     return text, rows
 

@@ -33,6 +33,7 @@ log = logging.getLogger("awf")
 _T = TypeVar("_T")
 Watch = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 _LONG = 1 << 16  # bytes of a body whose tokens a thread finds, while others are served
+_MANY = 1 << 11  # log-probs of an answer that a thread renders, likewise
 OPEN = ("/health",)  # needs no token: a load balancer has none
 
 
@@ -109,6 +110,11 @@ class TokenGate:
 def _refusal(error: ApiError) -> JSONResponse:
   headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
   return JSONResponse(error.body(), error.status, headers)
+
+
+def _render(answer: Answer, outputs: list[list[Output]]) -> tuple[dict[str, Any], JSONResponse]:
+  whole = answer.whole(outputs)
+  return whole, JSONResponse(whole)
 
 
 class Service:
@@ -193,9 +199,12 @@ class Service:
     except Gone as error:
       self.counts["clients_gone"] += 1
       raise ClientDisconnect from error
-    whole = answer.whole(outputs)
+    render = functools.partial(_render, answer, outputs)
+    num_tokens = sum(len(output.token_ids) for of_prompt in outputs for output in of_prompt)
+    is_long = call.top_logprobs is not None and num_tokens * (1 + call.top_logprobs) > _MANY
+    whole, response = await asyncio.to_thread(render) if is_long else render()
     self._watch(body, whole)
-    return JSONResponse(whole)
+    return response
 
   async def _outputs(self, call: Call) -> list[list[Output]]:
     futures = self._policy.engine.submit_all(call.requests, wait=False)

@@ -29,6 +29,9 @@ _OFF: dict[str, tuple[Any, ...]] = {
   "parallel_tool_calls": (True, False), "echo": (False,), "suffix": ("",), "best_of": (1,),
   "modalities": (["text"],),
 }  # fmt: skip
+# What the engine calls what clients call otherwise.
+_FIELDS = {"stop_ids": "stop_token_ids", "prompt_ids": "prompt", "max_new_tokens": "max_tokens"}
+_MESSAGE_CHARS = 300
 # Fields of chat, and of completions, alone.
 _OWN = {True: ("messages", "max_completion_tokens", "top_logprobs"), False: ("prompt",)}
 
@@ -112,7 +115,9 @@ def parse_call(
       policy.engine.check(request)
       requests.append(request)
   except ValueError as error:
-    raise ApiError(400, str(error), str(error).partition(":")[0]) from error
+    field = str(error).partition(":")[0]
+    name = _FIELDS.get(field, field)
+    raise ApiError(400, (name + str(error)[len(field) :])[:_MESSAGE_CHARS], name) from error
   options = _field(body, "stream_options", dict, None) or {}
   stream = _field(body, "stream", bool, False)
   usage = stream and bool(options.get("include_usage"))

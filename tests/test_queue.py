@@ -519,6 +519,29 @@ def test_many_that_wait_for_new_adapters_let_the_base_pass():
     scheduler.plan(new)
   assert [s.job for s in scheduler.rows if s] == [running, base]
   assert scheduler.version == old
+  fits, asked = scheduler._fits_adapters, []
+  scheduler._fits_adapters = lambda job: asked.append(job) or fits(job)
+  scheduler.plan(new)
+  assert asked == several[:1], "once for all with the same adapters"
+
+
+@pytest.mark.parametrize("size", [1e30, 3e38])
+def test_an_adapter_that_overflows_spoils_its_own_rows_alone(size):
+  """Its values stay where other requests come to lie, and those are masked, not cleared."""
+  good = random_lora(2)
+  bad = jax.tree.map(lambda x: np.full_like(x, size), good)
+  wild = dataclasses.replace(LONG, prompt_ids=prompt(90, 5), n=2, adapter=2)
+  tame = [
+    Request(prompt(5, 3), n=4, seed=2, max_new_tokens=30),
+    dataclasses.replace(SHORT, adapter=1),
+  ]
+  with Engine(TINY, PARAMS, **SIZES) as engine:
+    engine.set_adapters(stack_adapters([good, good]))
+    want = engine.generate(tame)
+    engine.set_adapters(stack_adapters([good, bad]))
+    assert not np.isfinite(engine.generate([wild])[0][0].logprobs).all()
+    assert engine.generate(tame) == want
+    assert engine.generate([wild, *tame])[1:] == want
 
 
 def test_rows_decode_while_a_long_prompt_is_filled(engine, monkeypatch):

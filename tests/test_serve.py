@@ -23,7 +23,10 @@ from awf.qwen.hf import fingerprint, load_config
 from awf.qwen.lora import LoRAConfig, init_lora
 from awf.qwen.peft import save_adapter
 from awf.sampler.remote import RemoteLLM
+from awf.sampler.request import Part
+from awf.sampler.text import TextStream
 from awf.serve import _bind
+from awf.serve_answer import Choice
 from awf.types import SamplingParams, UserError
 
 KEY, ORIGIN = "a-token", "https://app.example"
@@ -225,6 +228,40 @@ def test_calls_of_other_seeds_share_no_noise(client):
   assert len(seen) == 16
 
 
+class Letters:
+  """A tokenizer of a few texts."""
+
+  texts = ("x", "a", "bc", "d")
+
+  def decode(self, ids, skip_special=True):
+    return "".join(self.texts[i] for i in ids)
+
+  def token_bytes(self, token_id):
+    return self.texts[token_id].encode()
+
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+@pytest.mark.parametrize(("ids", "stop"), [((0, 1, 2), "abc"), ((0, 1, 3), None)])
+def test_a_stream_shows_the_tokens_of_its_text_alone(ids, stop, split):
+  """Tokens whose text a stop string may take back wait for it, wherever the parts are cut."""
+
+  def taken(*cuts):
+    letters = Letters()
+    choice = Choice(0, TextStream(letters.decode, ("abc",)), letters)
+    text, tokens = "", []
+    for start, end in zip((0, *cuts), (*cuts, 3), strict=True):
+      ending = ("stop" if stop else "length", stop) if end == 3 else (None, None)
+      logprobs = (-1.0,) * (end - start)
+      part = Part(0, ids[start:end], logprobs, ending[0], logprobs, ending[1])
+      new, rows = choice.take(part)
+      text, tokens = text + new, tokens + [row.drawn.text for row in rows]
+    return text, tokens
+
+  whole = taken()
+  assert whole == (("x", ["x"]) if stop else ("xad", ["x", "a", "d"]))
+  assert (taken(split) if split < 3 else taken(1, 2)) == whole
+
+
 def test_the_likeliest_tokens_come_where_they_are_asked_for(client):
   fields = {"temperature": 1.2, "logprobs": True}
   plain = chat(client, **fields).choices[0]
@@ -237,6 +274,10 @@ def test_the_likeliest_tokens_come_where_they_are_asked_for(client):
     assert 0.3 < sum(np.exp(one.logprob) for one in top) < 1.0001
     same = [one.logprob for one in top if one.token == token.token]
     assert not same or token.logprob in same
+  several = chat(client, top_logprobs=20, n=8, **fields).choices  # rendered by a thread
+  assert len(several) == 8 and all(
+    len(token.top_logprobs) == 20 for choice in several for token in choice.logprobs.content
+  )
   streamed = []
   for chunk in chat(client, top_logprobs=20, stream=True, **fields):
     streamed += [t for c in chunk.choices if c.logprobs for t in c.logprobs.content]
@@ -272,6 +313,8 @@ def test_the_likeliest_tokens_come_where_they_are_asked_for(client):
     ({"presence_penalty": 0.5}, openai.BadRequestError, "presence_penalty", "not supported"),
     ({"logprobs": True, "top_logprobs": 21}, openai.BadRequestError, "top_logprobs", "0 to 20"),
     ({"top_logprobs": 3}, openai.BadRequestError, "top_logprobs", "logprobs: true"),
+    ({"extra_body": {"stop_token_ids": list(range(9))}}, openai.BadRequestError, "stop_token_ids",
+     "stop_token_ids: .* at most 8"),
     ({"extra_body": {"beams": 3}}, openai.BadRequestError, "beams", "Unrecognized"),
     *(({"messages": [{"role": "user", "content": "apple " * count}]}, openai.BadRequestError,
        "messages", "maximum context length is 512") for count in (900, 15_000)),

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import tokenizers
 from tiny_checkpoint import SPECIAL, train_fast, train_sentencepiece
 
 from awf.qwen.tokenizer import load_tokenizer
@@ -161,6 +162,17 @@ def test_template_errors_say_why(tmp_path):
   tokenizer = load_tokenizer(train_fast(tmp_path, template=template))
   with pytest.raises(ValueError, match="no system turns"):
     tokenizer.chat_ids([{"role": "system", "content": "x"}])
+
+
+def test_a_tokenizer_without_a_decoder_is_read(tmp_path):
+  words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+  words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  words.add_special_tokens([SPECIAL[0]])
+  words.save(str(tmp_path / "tokenizer.json"))
+  config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[0]}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+  found = load_tokenizer(tmp_path)
+  assert found.encode("b a") == [1, 0] and found.token_bytes(1) == b"b"
 
 
 def test_files_are_enough_to_load_again(tokenizer, tmp_path):

@@ -76,8 +76,8 @@ class Linear(nn.Module):
 def stacked_delta(x_BTi, a, b, adapter_B):
   """Each row's low-rank update in the adapter's dtype (float32); of adapter 0 exactly zero."""
   x = x_BTi.astype(a.dtype)
-  chosen_BA = jax.nn.one_hot(adapter_B - 1, a.shape[0], dtype=a.dtype)
-  low = jnp.einsum("bti,air->btar", x, a) * chosen_BA[:, None, :, None]
+  is_chosen_BA = adapter_B[:, None] == jnp.arange(1, a.shape[0] + 1)[None]
+  low = jnp.where(is_chosen_BA[:, None, :, None], jnp.einsum("bti,air->btar", x, a), 0)
   return jnp.einsum("btar,aro->bto", low, b)
 
 

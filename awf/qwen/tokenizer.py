@@ -194,7 +194,8 @@ class HuggingFaceTokenizer(Tokenizer):
     for tokenizer in (self._parsing, self._plain):
       tokenizer.no_padding()
       tokenizer.no_truncation()
-    self._has_bytes = b'"ByteLevel"' in self._parsing.decoder.__getstate__()
+    decoder = self._parsing.decoder
+    self._has_bytes = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
     added = self._hf.added_tokens_decoder
     self._added = frozenset(added)
     self._special = {t.content: i for i, t in added.items() if t.special}

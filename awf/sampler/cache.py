@@ -146,6 +146,11 @@ def _attend_chunks(q_BKQH, last_BQ, num_chunks, load: Callable, carry: _Carry) -
   return jax.lax.fori_loop(0, num_chunks, step, carry)
 
 
+def _finite(values: jax.Array) -> jax.Array:
+  """Values to keep: zero times what is not finite would spoil those who may not see it."""
+  return jnp.where(jnp.isfinite(values), values, 0)
+
+
 def _finish(carry: _Carry, dtype) -> jax.Array:
   """Outputs [B, K, Q, H]; a query that saw no key gets zeros."""
   _, total, out = carry
@@ -274,7 +279,7 @@ def decode_attend(
     nowhere = keys.shape[1] - is_pinned
     write_B = jnp.where(is_running_B, jnp.arange(b, dtype=jnp.int32), nowhere)
     c_B, w_B = made_B // width, made_B % width
-    k_BKH, v_BKH = k_B1KH[:, 0].astype(keys.dtype), v_B1KH[:, 0].astype(values.dtype)
+    k_BKH, v_BKH = k_B1KH[:, 0].astype(keys.dtype), _finite(v_B1KH[:, 0].astype(values.dtype))
     if is_pinned:
       keys, values = _write_tokens(keys, values, k_BKH, v_BKH, c_B, write_B, w_B)
     else:
@@ -325,7 +330,7 @@ def prefill_attend(
     (p, t, n, h), k, width = q_PTNH.shape, values.shape[1], values.shape[2]
     position_PT = start_P[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
     page_PC = jnp.take(pages_SC, prompt_P, axis=0, mode="fill", fill_value=keys.shape[0] - 1)
-    k_PKHT, v_PKTH = jnp.moveaxis(k_PTKH, 1, 3), jnp.moveaxis(v_PTKH, 1, 2)
+    k_PKHT, v_PKTH = jnp.moveaxis(k_PTKH, 1, 3), _finite(jnp.moveaxis(v_PTKH, 1, 2))
     for i in range(p):
       page, w = page_PC[i, start_P[i] // width], start_P[i] % width
       block_k, block_v = k_PKHT[i, None].astype(keys.dtype), v_PKTH[i, None].astype(values.dtype)

@@ -116,12 +116,16 @@ class Scheduler:
   def _admit_all(self) -> None:
     """Gives rows to those whose turn it is, as far as there are rows and pages."""
     stuck: dict[Job, None] = {}
+    refused: set[tuple[bool, Version]] = set()  # adapters of those who wait for rows to end
     searches = 0  # in vain
     while None in self.rows:
       for job in self.waiting.turns(stuck):
-        if self._fits_adapters(job):
-          if self._admit(job, stuck):
-            break
+        adapters = job.request.adapter > 0, job.version
+        if adapters in refused or not self._fits_adapters(job):
+          refused.add(adapters)
+        elif self._admit(job, stuck):
+          break
+        else:
           searches += 1
           if searches == MOST_SEARCHES:
             return

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import textwrap
 
 import pytest
 from scripted import (
@@ -381,6 +382,11 @@ def test_a_fence_in_a_docstring_ends_nothing():
   text = f"```python\n{DOCUMENTED}\n```\nor\n```python\n1 +\n```\n```text\nx\n```"
   assert code_of(text) == f"{DOCUMENTED}\n\n1 +"
   assert find_solution(text, "", "add") == DOCUMENTED
+
+
+def test_a_fence_in_a_docstring_of_a_list_ends_nothing():
+  text = textwrap.indent(f"```python\n{DOCUMENTED}\n```", "   ")
+  assert code_of(f"1. Code:\n{text}\n2. Done.") == DOCUMENTED
 
 
 def test_imports_and_helpers_stay_with_bare_code():

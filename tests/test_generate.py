@@ -161,6 +161,18 @@ def test_log_probs_of_choice_and_min_p(generate, policy):
   np.testing.assert_allclose(free["logprobs"], want, atol=1e-5)
 
 
+def test_log_probs_that_are_no_numbers_are_named(generate, policy, tmp_path):
+  lora = policy.lora
+  policy.set_lora(jax.tree.map(lambda x: np.full_like(x, 1e30), lora))
+  try:
+    with pytest.raises(UserError, match=r"in.jsonl, object 1: its log-probs are no finite numbers"):
+      generate({"prompt": "the cat"}, {"prompt": "the cat", "adapter": "policy"})
+  finally:
+    policy.set_lora(lora)
+  assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+  assert len(generate({"prompt": "the cat"})[1]) == 1
+
+
 def test_the_longest_prompt_that_fits_gets_its_one_token(generate):
   _, (row,) = generate({"prompt_ids": [3] * (CONTEXT - 1)})
   assert len(row["token_ids"]) == 1

@@ -72,6 +72,46 @@ def test_a_beginning_that_is_not_filled_yet_is_waited_for():
   assert table.acquire(key(range(5))).is_ready
 
 
+def test_a_page_is_there_for_others_as_soon_as_it_is_full():
+  table = PageTable(8, W)
+  long = table.acquire(key(range(13)))
+  short = table.acquire(key([*range(4), 90, 91]))
+  long.next_token = 3
+  table.fill(long)
+  assert not table.is_open(short)
+  long.next_token = 6
+  table.fill(long)
+  assert table.is_open(short) and table.acquire(key(range(5))).is_ready
+  assert not table.acquire(key(range(9))).is_ready, "its second page is not full"
+
+
+def test_a_prompt_that_is_given_up_ends_with_what_others_count_on():
+  table = PageTable(12, W)
+  long, short = table.acquire(key(range(17))), table.acquire(key([*range(4), 90, 91]))
+  assert not table.abandon(long)
+  assert (long.known, len(long.pages), table.num_held) == (4, 1, 2)
+  again = table.acquire(key(range(17)))
+  assert again is not long and again.pages[0] == long.pages[0] and again.next_token == 4
+  table.finish(long)
+  table.release(long)
+  assert table.is_open(short) and table.is_open(again) and not again.is_ready
+  assert table.acquire(key(range(17))) is again
+  partly = table.acquire(key(range(40, 57)))
+  partly.next_token = 4
+  table.fill(partly)
+  assert table.abandon(partly)
+  assert table.acquire(key(range(40, 45))).is_ready, "what was full stays"
+
+
+def test_what_was_used_long_is_as_recent_as_its_end():
+  table = PageTable(3, W)
+  often, once = held(table, range(5)), held(table, range(20, 25))
+  table.release(once)
+  table.release(often)
+  held(table, range(40, 49))
+  assert table.acquire(key(range(5))).is_ready
+
+
 def test_the_least_recently_used_goes_first_and_never_before_what_follows_it():
   table = PageTable(4, W)
   old, new = held(table, range(9)), held(table, range(20, 29))

@@ -4,10 +4,14 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import heapq
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +21,7 @@ from test_sampler import CONTEXT, TINY, check_logprobs, crowd, prompt, random_lo
 from tiny_checkpoint import random_params
 
 from awf.qwen.lora import stack_adapters
+from awf.sampler.decode import COLUMN, FULL, RUNNING
 from awf.sampler.engine import Engine, QueueFull, Request, make_shapes
 from awf.sampler.job import Job, Waiting
 from awf.sampler.pages import PageTable, Version
@@ -95,6 +100,39 @@ def test_a_burst_of_mixed_requests_keeps_the_rows_full():
   assert stats["row_steps"] == tokens == sum(r.max_new_tokens for r in requests)
   assert stats["row_slots"] == 32 * stats["steps"]
   assert stats["occupancy"] == tokens / stats["row_slots"] >= 0.85
+
+
+def decoded(scheduler, work):
+  """What a device would answer: every running row goes on until its limit."""
+  table, (_, _, _, steps, most_ended, _) = work.table_BX, work.counts_6
+  status, made = (table[:, COLUMN[name]].copy() for name in ("status", "made"))
+  began, count = int(np.sum(status == RUNNING)), 0
+  while count < steps and 0 <= began - np.sum(status == RUNNING) < min(most_ended, began):
+    made += status == RUNNING
+    status[(status == RUNNING) & (made >= table[:, COLUMN["limit"]])] = FULL
+    count += 1
+  drawn = np.zeros((3 * scheduler.shapes.steps, len(table)), np.int32)
+  return np.concatenate([drawn, [status, made, np.full_like(made, count)]]), count
+
+
+@pytest.mark.parametrize(
+  ("rows", "prompts", "new"),
+  [(32, (300, 800), (1, 128)), (64, (8, 900), (1, 200)), (64, (512, 512), (64, 64))],
+)
+def test_a_burst_of_long_prompts_keeps_the_rows_full(rows, prompts, new):
+  """A dispatch fills 2,048 prompt tokens at most: not more rows may end in it than begin."""
+  shapes = make_shapes(TINY, rows, 2048, prefill_rows=8, steps=16, platform="cpu")
+  scheduler, draw = Scheduler(shapes, 2048), random.Random(0)
+  for i in range(512):
+    ids = tuple(draw.randrange(TINY.vocab_size) for _ in range(draw.randint(*prompts)))
+    request = Request(ids, seed=i, max_new_tokens=draw.randint(*new))
+    scheduler.waiting.add(Job(request, Future(), Version(), number=i))
+  slots = ended = 0
+  while (work := scheduler.plan()) is not None:
+    packed, steps = decoded(scheduler, work)
+    slots += steps * rows
+    ended += len(scheduler.harvest(packed, None)[1])
+  assert ended == 512 and scheduler.row_steps / slots >= 0.85
 
 
 # --- called off
@@ -184,14 +222,33 @@ def test_a_prompt_in_prefill_is_given_up_unless_another_counts_on_it(engine, mon
     running.cancel()
 
 
+def test_one_that_shares_a_page_with_a_long_prompt_does_not_wait_for_all_of_it(engine, monkeypatch):
+  monkeypatch.setattr(engine._scheduler, "stall_tokens", 64)
+  gate, order, begin = Gate(), [], prompt(140, 120)
+  running = engine.submit(LONG, gate)
+  gate.wait()
+  tails = {"long": prompt(110, 7), "short": prompt(5, 8)}
+  found = {
+    name: engine.submit(
+      Request((*begin, *tail), seed=3, max_new_tokens=1), lambda _, name=name: order.append(name)
+    )
+    for name, tail in tails.items()
+  }
+  gate.go()
+  for name, tail in tails.items():
+    check_logprobs(PARAMS, (*begin, *tail), found[name].result(timeout=WAIT)[0])
+  assert order == ["short", "long"]
+  running.cancel()
+
+
 def test_pages_of_a_prompt_that_was_given_up_hold_nothing():
   table = PageTable(6, 4)
   filler = table.acquire((tuple(range(13)), 0, None))
   other = table.acquire(((*range(8), 90, 91, 92), 0, None))
   assert not table.is_open(other) and table.is_open(filler)
   assert not table.abandon(filler), "the other counts on its first two pages"
-  assert table.num_held == 4
-  assert table.abandon(other) and table.num_held == 3
+  assert table.num_held == 3
+  assert table.abandon(other) and table.num_held == 2
   assert table.abandon(filler) and table.num_held == 0
   again = table.acquire((tuple(range(13)), 0, None))
   assert again.next_token == 0 and not again.is_ready
@@ -217,6 +274,28 @@ def test_close_in_mid_decode_with_some_called_off():
       assert future.cancelled()
     else:
       assert isinstance(future.exception(timeout=5), RuntimeError)
+
+
+def test_a_program_that_ends_with_rows_at_work_ends_well():
+  """The runtime's threads are gone when the interpreter is, and a dispatch would abort it."""
+  program = (
+    "from test_queue import *\n"
+    "engine = Engine(TINY, PARAMS, **SIZES)\n"
+    "engine.submit(dataclasses.replace(LONG, n=50))\n"
+    "engine.generate([SHORT])\n"
+    "print('at work', engine.stats()['running'] > 0)\n"
+    "raise KeyError('nobody closes it')\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", program],
+    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    cwd=Path(__file__).parent,
+    capture_output=True,
+    text=True,
+    timeout=WAIT,
+  )
+  assert done.stdout == "at work True\n" and done.returncode == 1, done.stderr
+  assert done.stderr.rstrip().endswith("KeyError: 'nobody closes it'")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -308,6 +387,7 @@ def test_one_that_waits_for_the_queue_can_be_called_off(engine, monkeypatch):
   gate = Gate()
   holder = engine.submit(dataclasses.replace(LONG, n=4), gate)
   gate.wait()
+  before = engine.stats()["cancelled"]
 
   async def run():
     tasks = [asyncio.ensure_future(engine.asubmit(SHORT)) for _ in range(3)]
@@ -320,6 +400,7 @@ def test_one_that_waits_for_the_queue_can_be_called_off(engine, monkeypatch):
 
   one, gone, three = asyncio.run(run())
   assert isinstance(gone, asyncio.CancelledError) and one == three
+  assert engine.stats()["cancelled"] == before + 2
 
 
 # --- fairness
@@ -492,6 +573,12 @@ def test_a_row_of_the_base_keeps_its_program_when_an_adapter_is_asked_for():
     assert order[0] == "base" and engine.stats()["traces"] == 2
 
 
+def test_an_idle_engine_forgets_adapters_that_nobody_asked_for(engine):
+  for seed in range(5):
+    engine.set_adapters(stack_adapters([random_lora(seed)]))
+  until(lambda: len(engine._adapters) <= 2)
+
+
 def test_adapters_whose_turn_it_is_may_be_looked_past(engine):
   """The longest first: the oldest is not the first that is looked at."""
   gate, futures = Gate(), []
@@ -597,13 +684,28 @@ def test_parts_are_the_output_as_it_grows(engine):
   assert [(part.sample, part.finish_reason) for part in refused] == [(0, "refused"), (1, "refused")]
 
 
-def test_a_callback_that_raises_ends_its_own_request_alone(engine, alone):
+@pytest.mark.parametrize("kind", [OSError, asyncio.CancelledError, SystemExit, KeyboardInterrupt])
+def test_a_callback_that_raises_ends_its_own_request_alone(engine, alone, kind):
   def broken(part):
-    raise OSError("the client is gone")
+    raise kind("the client is gone")
 
+  before = engine.stats()["failed"]
   bad, good = engine.submit(LONG, broken), engine.submit(SHORT)
-  assert isinstance(bad.exception(timeout=WAIT), OSError)
+  with pytest.raises((kind, concurrent.futures.CancelledError)):
+    bad.result(timeout=WAIT)
   assert good.result() == alone[SHORT]
+  assert engine.stats()["failed"] == before + 1
+  last, told = engine.submit(SHORT), threading.Event()
+  last.add_done_callback(broken)
+  last.add_done_callback(lambda _: told.set())
+  assert last.result(timeout=WAIT) == alone[SHORT] == engine.generate([SHORT])[0]
+
+
+def test_waiting_in_the_engines_own_thread_is_an_error(engine, alone):
+  future = engine.submit(SHORT, lambda part: engine.generate([SHORT]))
+  with pytest.raises(RuntimeError, match="own thread"):
+    future.result(timeout=WAIT)
+  assert engine.generate([SHORT])[0] == alone[SHORT]
 
 
 def test_a_callback_that_raises_leaves_its_places_in_the_queue(engine, alone, monkeypatch):
@@ -647,6 +749,12 @@ def test_a_stream_in_asyncio_and_what_leaving_it_does(engine, alone):
     kept = await engine.asubmit(SHORT)
     return parts, kept
 
+  async def read_again():
+    stream = engine.stream(SHORT)
+    parts = [part async for part in stream]
+    assert parts and [part async for part in stream] == []
+
+  asyncio.run(asyncio.wait_for(read_again(), WAIT))
   before = engine.stats()["cancelled"]
   parts, kept = asyncio.run(run())
   (output,) = alone[SHORT]

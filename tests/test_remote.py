@@ -141,6 +141,7 @@ def test_retry_after_holds_all_requests_back():
 def test_retry_after_is_read_in_both_forms():
   assert [retry_after(text) for text in (None, "", "2.5", "-1", "soon")] == [0, 0, 2.5, 0, 0]
   assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+  assert retry_after("Fri, 31 Dec 2026 23:59:59 +9999999999999") == 0, "no date that there is"
   assert retry_after("Wed, 21 Oct 2199 07:28:00 GMT") > 1e9
 
 

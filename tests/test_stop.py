@@ -83,6 +83,15 @@ def test_a_stop_string_of_several_bytes_and_one_inside_a_token():
   assert stream.add(token_id) and stream.text[: stream.sure] == BYTES[token_id].decode()[0]
 
 
+@pytest.mark.parametrize("stray", [13, 14, 15, 16, 29])
+def test_a_stop_string_of_several_bytes_behind_stray_ones(stray):
+  (*_, last) = ids_of("é")
+  for text in ("€", "😀"):
+    stream, ids = TextStream(decode, [text]), [last] * stray + ids_of(text)
+    assert [stream.add(i) for i in ids] == [False] * (len(ids) - 1) + [True]
+    assert stream.text == decode(ids) and stream.stop == text
+
+
 def test_what_may_begin_a_stop_string_is_not_sure():
   stream, sure = TextStream(decode, ["abc", "cd"]), []
   for token_id in ids_of("ababab"):

@@ -9,9 +9,12 @@ depends on another row. Fast mode has a second shape for few rows.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import math
 import threading
-from collections.abc import Hashable, Iterable
+import weakref
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import Future
 
 import jax
@@ -37,7 +40,9 @@ TPU_WIDTH = 256  # of both: fewer and larger pieces of a decode step
 PROMPT_BYTES = 3 << 29  # pages for prompts: what all rows could need unless that is more
 STALL_TOKENS, GPU_STALL_TOKENS = 2048, 8192  # most prompt tokens of a dispatch in which rows decode
 QUEUE = 8192  # completions that may wait for a row unless told otherwise
-COUNTS = ("requests", "completions", "refused", "cancelled", "prompt_tokens", "tokens")
+COUNTS = ("requests", "completions", "refused", "cancelled", "failed", "prompt_tokens", "tokens")
+
+log = logging.getLogger("awf")
 
 
 def make_shapes(
@@ -106,6 +111,23 @@ def _form(tree) -> Hashable:
   """What a program is compiled for: structure of a tree, shapes and types of its leaves."""
   leaves, structure = jax.tree.flatten(tree)
   return structure, tuple((x.shape, str(x.dtype)) for x in leaves)
+
+
+def _stop(inbox: Inbox, thread: threading.Thread) -> None:
+  """Ends an engine's thread; its running dispatch ends first."""
+  inbox.shut()
+  thread.join()
+
+
+@contextlib.contextmanager
+def _outlived() -> Iterator[None]:
+  """Goes on whatever a future's callbacks raise: asyncio's CancelledError and SystemExit pass
+  through `concurrent.futures`, and the thread serves others too.
+  """
+  try:
+    yield
+  except BaseException:
+    log.exception("sampler: a callback of a request's future raised")
 
 
 class Engine:
@@ -178,6 +200,8 @@ class Engine:
     self._error: BaseException | None = None
     self._counts = dict.fromkeys(COUNTS, 0)
     self._thread = threading.Thread(target=self._run, name="awf-engine", daemon=True)
+    # A thread at work in the runtime when the interpreter ends would abort the process.
+    self._at_exit = weakref.finalize(self, _stop, self._inbox, self._thread)
     self._thread.start()
 
   @property
@@ -199,6 +223,7 @@ class Engine:
       version = Version(self._version.number + 1, program)
       self._adapters[version] = placed
       self._version = version  # the engine's thread may look at any time
+      self._inbox.stir()  # to forget older ones
 
   def submit(
     self, request: Request, on_part: OnPart | None = None, wait: bool = True
@@ -272,6 +297,8 @@ class Engine:
 
   def generate(self, requests: Iterable[Request]) -> list[list[Output]]:
     """Runs requests together and waits for all; results in their order."""
+    if threading.current_thread() is self._thread:
+      raise RuntimeError("generate: called in the engine's own thread, which would wait for itself")
     futures = self.submit_all(requests)
     try:
       return [future.result() for future in futures]
@@ -288,6 +315,7 @@ class Engine:
     slots = self.device.counts["row_slots"]
     return {
       **self._counts,
+      "cancelled": self._counts["cancelled"] + self._inbox.num_called_off,
       **self.device.counts,
       "prompt_hits": s.prompt_hits,
       "prompt_misses": s.prompt_misses,
@@ -307,8 +335,8 @@ class Engine:
 
   def close(self) -> None:
     """Stops the thread after the running dispatch; unanswered requests fail with RuntimeError."""
-    self._inbox.shut()
-    self._thread.join()
+    self._at_exit.detach()
+    _stop(self._inbox, self._thread)
 
   def __enter__(self) -> Engine:
     return self
@@ -393,8 +421,9 @@ class Engine:
       try:
         if not job.is_ended:
           job.tell(part)
-      except Exception as error:  # the caller's own code, whatever it raises: ends its own request
+      except BaseException as error:  # the caller's own code: ends its own request
         scheduler.drop(job)
+        self._counts["failed"] += 1
         self._end(job, error)
     for job in done:
       if not (job.is_ended or job.future.cancelled()):  # counted before the caller can look
@@ -404,13 +433,14 @@ class Engine:
       self._end(job)
     return True
 
-  def _end(self, job: Job, error: Exception | None = None) -> None:
+  def _end(self, job: Job, error: BaseException | None = None) -> None:
     """Answers a job, or tells its caller why it is not answered."""
-    if error is None:
-      job.answer()
-    else:
-      job.fail(error)
     self._open.pop(job, None)
+    with _outlived():
+      if error is None:
+        job.answer()
+      else:
+        job.fail(error)
 
   def _drop(self, job: Job) -> None:
     """Frees what a request holds whose caller has gone."""
@@ -430,4 +460,5 @@ class Engine:
 
   def _fail_all(self, error: Exception) -> None:
     for job in [*self._inbox.close(), *self._open]:
-      job.fail(error)
+      with _outlived():
+        job.fail(error)

@@ -90,7 +90,14 @@ def run_generate(
       for index, (request, future) in enumerate(zip(requests, futures, strict=True)):
         for sample, drawn in enumerate(future.result()):
           completion = policy.completion(request, drawn)
-          file.write(_output_line(completion, index, sample))
+          try:
+            line = _output_line(completion, index, sample)
+          except ValueError as error:  # JSON has no such numbers
+            raise UserError(
+              f"{input}, object {index}: its log-probs are no finite numbers; expected weights "
+              f"that do not overflow: those of the base or of the line's adapter do"
+            ) from error
+          file.write(line)
           completions, tokens = completions + 1, tokens + len(completion.token_ids)
         if time.perf_counter() - reported > _REPORT_SECONDS:
           reported = time.perf_counter()

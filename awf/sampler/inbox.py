@@ -1,12 +1,11 @@
 """Where requests come in from any thread, wait for a place in the queue, and are called off.
 
-The engine's memory does not grow with what is asked of it: rows and pages are fixed, and the queue
-holds a limited number of completions. Who submits beyond that waits, first come, first served.
+Rows and pages are fixed, and the engine's queue holds a limited number of completions. Who submits
+beyond that waits, first come, first served; what comes without blocking stands in line here.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
 import threading
 from concurrent.futures import Future
@@ -21,6 +20,7 @@ class Inbox:
   Attributes:
     lock: held by whoever changes what a new job is made of (the engine's adapters).
     is_closed: nothing comes in any more.
+    num_called_off: jobs whose callers went while they stood in line.
 
   Args:
     most: completions that may wait for a row; a job that asks for more has the queue to itself.
@@ -32,10 +32,11 @@ class Inbox:
     self._most = most
     self._ready = threading.Condition(self.lock)
     self._new: list[Job] = []
-    self._beyond: collections.deque[Job] = collections.deque()  # no place in the queue yet
+    self._beyond: dict[Job, None] = {}  # no place in the queue yet, in order of arrival
     self._gone: list[Job] = []  # called off by their callers
     self._held = 0  # completions in the engine's queue and in `_new`
-    self._numbers = 0
+    self._numbers = self.num_called_off = 0
+    self._is_stirred = False
 
   def put(self, job: Job, wait: bool = True) -> None:
     """Takes a job in; `job.placed` tells when the queue has a place for it. Never blocks.
@@ -48,7 +49,7 @@ class Inbox:
         raise QueueFull(f"the sampler's queue is full: {self._held} completions wait for a row")
       job.number = self._numbers
       self._numbers += 1
-      self._beyond.append(job)
+      self._beyond[job] = None
       self._let_in()
       self._ready.notify()
     job.future.add_done_callback(functools.partial(self._on_end, job))
@@ -69,13 +70,20 @@ class Inbox:
       (new jobs, jobs that were called off, some of them perhaps new), or None when closed.
     """
     with self.lock:
-      while not (self.is_closed or has_work or self._new or self._gone):
+      while not (self.is_closed or has_work or self._new or self._gone or self._is_stirred):
         self._ready.wait()
+      self._is_stirred = False
       if self.is_closed:
         return None
       new, self._new = self._new, []
       gone, self._gone = self._gone, []
       return new, gone
+
+  def stir(self) -> None:
+    """Lets the engine look at what has changed beside its jobs."""
+    with self.lock:
+      self._is_stirred = True
+      self._ready.notify()
 
   def jobs(self) -> list[Job]:
     """Those that the engine has not fetched."""
@@ -91,7 +99,7 @@ class Inbox:
     with self.lock:
       self.is_closed = True
       left = self.jobs()
-      self._new, self._beyond = [], collections.deque()
+      self._new, self._beyond = [], {}
       self._ready.notify()
     return left
 
@@ -105,8 +113,8 @@ class Inbox:
     return self._held == 0 or self._held + job.request.n <= self._most
 
   def _let_in(self) -> None:
-    while self._beyond and self._fits(self._beyond[0]):
-      job = self._beyond.popleft()
+    while self._beyond and self._fits(job := next(iter(self._beyond))):
+      del self._beyond[job]
       self._new.append(job)
       self._held += job.request.n
       job.place()
@@ -117,7 +125,8 @@ class Inbox:
       return
     with self.lock:
       if job in self._beyond:
-        self._beyond.remove(job)
+        del self._beyond[job]
+        self.num_called_off += 1
         job.call_off()
         self._let_in()
       else:

@@ -104,7 +104,7 @@ def retry_after(text: str | None) -> float:
     pass  # a date
   try:
     when = email.utils.parsedate_to_datetime(text)
-  except ValueError:
+  except (ValueError, OverflowError):
     return 0.0
   if when.tzinfo is None:
     when = when.replace(tzinfo=datetime.UTC)

@@ -102,12 +102,15 @@ class PageTable:
       page.readers += 1
     for start in places[len(held) :]:
       held.append(self._claim(name(start)))
-    for page in reversed(held):  # the first page is the most recent: it is evicted last
-      self._pages.move_to_end(page.name)
     is_ready = all(page.is_filled for page in held)
     pages = [page.index for page in held]
     self._live[key] = Prompt(key, pages, known, there, is_ready, there)
     return self._live[key]
+
+  def fill(self, prompt: Prompt) -> None:
+    """Tokens before `next_token` are in their pages now: others may read those that are full."""
+    for index in prompt.pages[: prompt.next_token // self.width]:
+      self._by_index[index].is_filled = True
 
   def finish(self, prompt: Prompt) -> None:
     """All tokens of the prompt are in its pages now."""
@@ -121,28 +124,46 @@ class PageTable:
     return all(self._by_index[index].is_filled for index in before)
 
   def abandon(self, prompt: Prompt) -> bool:
-    """Gives up a prompt that is not ready and has one reader; its own pages hold nothing.
+    """Gives up a prompt that is not ready and has one reader; full pages stay for others.
 
     Returns:
-      False, and nothing is changed, when another prompt counts on what this one was to fill.
+      False when another prompt counts on what this one was to fill: it ends there now.
     """
-    own = [self._by_index[index] for index in prompt.pages[-(-prompt.start // self.width) :]]
-    if any(page.readers > 1 for page in own):
-      return False
-    self.release(prompt)
-    for page in own:
-      self._evict(page)
-    return True
+    first = -(-prompt.start // self.width)
+    own = [self._by_index[index] for index in prompt.pages[first:]]
+    needed = sum(page.readers > 1 and not page.is_filled for page in own)
+    if not needed:
+      self.release(prompt)
+      for page in own:
+        if not page.is_filled:
+          self._evict(page)
+      return True
+    kept = first + max(i + 1 for i, page in enumerate(own) if page.readers > 1)
+    if kept < len(prompt.pages):
+      self._unname(prompt)
+      for page in own[kept - first :]:
+        page.readers -= 1
+        self._num_unread += 1
+        self._evict(page)
+      del prompt.pages[kept:]
+      prompt.known = kept * self.width
+    return False
 
   def release(self, prompt: Prompt) -> None:
     """One reader less; the pages of a prompt without readers may be taken by others."""
     prompt.readers -= 1
     if prompt.readers == 0:
-      del self._live[prompt.key]
-      for index in prompt.pages:
+      self._unname(prompt)
+      for index in reversed(prompt.pages):  # the first page is the most recent: it is evicted last
         page = self._by_index[index]
         page.readers -= 1
         self._num_unread += not page.readers
+        self._pages.move_to_end(page.name)
+
+  def _unname(self, prompt: Prompt) -> None:
+    """Nobody finds it under its key any more; after `abandon` another one may have that."""
+    if self._live.get(prompt.key) is prompt:
+      del self._live[prompt.key]
 
   def forget(self, *kept: Version | None) -> None:
     """Frees the pages that adapters of other versions made; those still read go later.

@@ -45,8 +45,9 @@ class Request:
   """One prompt and how to sample from it.
 
   Sample `i` of a request is a function of (prompt_ids, seed, i, the sampling fields, the adapter's
-  weights) only. Its noise is a function of (seed, i, position): the seed names the request, and
-  requests of equal seed share their noise.
+  weights, whether n is 1) only: one completion alone reads its prompt by another path, which may
+  differ in the last digit. Its noise is a function of (seed, i, position): the seed names the
+  request, and requests of equal seed share their noise.
 
   A completion ends at the first token that is a stop id, or that completes a stop string in the
   text of the completion (special tokens have no text, and a string may lie over several tokens).
@@ -57,7 +58,7 @@ class Request:
   prompt_ids: tuple[int, ...]
   n: int = 1  # completions
   seed: int = 0  # 63 bits
-  temperature: float = 1.0  # 0 is argmax
+  temperature: float = 1.0  # 0 is argmax; else what is outside 1e-4 to 1e4 counts as the nearer
   top_p: float = 1.0  # in (0, 1]; 1 is off
   top_k: int = 0  # 0 is off
   min_p: float = 0.0  # least probability as a share of the likeliest token's; 0 is off
@@ -131,5 +132,5 @@ class Part:
 
 
 # Called in the engine's thread, which waits for it: it hands the part on and returns. What it
-# raises ends its own request alone.
+# raises, of whatever type, ends its own request alone.
 OnPart = Callable[[Part], None]

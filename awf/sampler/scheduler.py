@@ -27,6 +27,7 @@ from awf.sampler.pages import BASE, PageTable, Prompt, Version
 from awf.sampler.request import MAX_STOP_IDS, FinishReason, Part
 from awf.sampler.text import Decode
 
+LEAST_HEAT, MOST_HEAT = 1e-4, 1e4  # temperatures but 0: beyond them float32 may overflow
 MOST_SEARCHES = 64  # jobs without pages that a plan looks past
 
 
@@ -111,6 +112,9 @@ class Scheduler:
     if is_short and may_fill and running < rows // 2:
       return 0, rows + 1  # prompts of one dispatch are limited; fill the rows first
     steps = self.shapes.steps if running > rows // 2 else max(1, self.shapes.steps // 4)
+    if self.num_running - running > max(1, rows // 32):
+      # Rows that wait for prompts: with more steps as many would end as are filled.
+      steps = max(1, self.shapes.steps * running // (4 * rows))
     return steps, max(1, rows // 8) if is_short else rows + 1
 
   def _admit_all(self) -> None:
@@ -203,6 +207,7 @@ class Scheduler:
     request, line = sequence.job.request, self.table_BX[row]
     known = len(request.prompt_ids) - 1
     limit = min(request.max_new_tokens, self.context - known - 1)
+    temperature = request.temperature and min(max(request.temperature, LEAST_HEAT), MOST_HEAT)
     values = {
       "status": IDLE,  # until its prompt is there
       "token": request.prompt_ids[-1],
@@ -214,10 +219,7 @@ class Scheduler:
       "sample": sequence.sample,
       "top_k": min(request.top_k, 2**31 - 1),
       "adapter": request.adapter,
-      # Below 1e-4 float32 logits overflow and the draw is greedy to all digits.
-      "temperature": float_bits(
-        0.0 if request.temperature < 1e-4 else min(request.temperature, 1e4)
-      ),
+      "temperature": float_bits(temperature),
       "top_p": float_bits(request.top_p),
       "min_p": float_bits(request.min_p),
       "wants_full": request.logprobs == "both",
@@ -251,6 +253,7 @@ class Scheduler:
       while prompt.next_token < prompt.known and len(blocks) < end:
         blocks.append((prompt.next_token, slot, prompt))
         prompt.next_token = min(prompt.next_token + shapes.block, prompt.known)
+      self.pages.fill(prompt)
       if prompt.next_token >= prompt.known:
         self.pages.finish(prompt)
         self.unready.remove(prompt)

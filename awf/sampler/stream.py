@@ -20,6 +20,7 @@ class PartStream:
   def __init__(self) -> None:
     self.future: Future[list[Output]] = Future()
     self._loop, self._parts = asyncio.get_running_loop(), asyncio.Queue()
+    self._is_ended = False
 
   def put(self, part: Part) -> None:
     """Takes a part, in the engine's thread; raises RuntimeError when the loop is closed."""
@@ -41,8 +42,9 @@ class PartStream:
     return self
 
   async def __anext__(self) -> Part:
-    part = await self._parts.get()
+    part = None if self._is_ended else await self._parts.get()
     if part is None:
+      self._is_ended = True
       self.future.result()  # raises what ended it
       raise StopAsyncIteration
     return part

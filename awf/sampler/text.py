@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 Decode = Callable[[Sequence[int]], str]
 
 _BROKEN = "\ufffd"  # what a character whose bytes are not all there is decoded to
-_MOST_OPEN = 16  # tokens kept back for such a character, which has at most four bytes
+_MOST_OPEN = 16  # tokens kept back for such a character
+_MOST_PENDING = 3  # tokens of a character that is not whole: it has at most four bytes
 
 
 def first_stop(text: str, stop: Sequence[str]) -> tuple[int, str] | None:
@@ -50,9 +51,21 @@ class TextStream:
     found = first_stop(before + new, self._strings)
     if found is not None:
       self.stop = found[1]
-    if found is not None or not new.endswith(_BROKEN) or len(self._open) >= _MOST_OPEN:
+    if found is not None or not new.endswith(_BROKEN):
       self.close()
+    elif len(self._open) >= _MOST_OPEN:
+      self._close_most(new)
     return found is not None
+
+  def _close_most(self, text: str) -> None:
+    """Of many stray bytes, all but what may become a character yet are text as they stand."""
+    for kept in range(_MOST_PENDING, 0, -1):
+      head, tail = self._open[:-kept], self._open[-kept:]
+      if (known := self._decode(head)) + self._decode(tail) == text:
+        self.text += known
+        self._open = tail
+        return
+    self.close()
 
   def close(self) -> None:
     """No id follows: what is open is text as it stands."""

@@ -42,17 +42,14 @@ class _Fault(Exception):
 
 def main(argv: Sequence[str]) -> int:
   """Runs one command; returns the exit code."""
-  if "--help" in argv or "-h" in argv or "--helpfull" in argv:
-    print(cli.usage())
-    return 0
   handler = _setup_logging()
   catch_signals()
   command = None
   try:
-    listing = cli.listing(argv)
+    is_help = "--help" in argv or "-h" in argv or "--helpfull" in argv
+    listing = cli.usage() if is_help else cli.listing(argv)
     if listing is not None:
-      print(listing)
-      return 0
+      return _say(listing)
     with _held_signals():
       command = cli.parse(argv)
     with (
@@ -60,9 +57,7 @@ def main(argv: Sequence[str]) -> int:
       terminal.show(handler, command.quiet),
     ):
       result = _run(command, argv)
-    if membership.is_writer():
-      print(cli.json_line(result), flush=True)
-    return membership.leave(0)
+    return membership.leave(_say(cli.json_line(result)) if membership.is_writer() else 0)
   except UserError as e:
     text = " ".join(str(e).split())
     print("error: " + text, file=sys.stderr)
@@ -72,6 +67,23 @@ def main(argv: Sequence[str]) -> int:
   except (Interrupted, KeyboardInterrupt) as e:
     code = _end_interrupted(e, command, argv)
     return membership.leave(code, "" if isinstance(e, Interrupted) else "it was interrupted")
+
+
+def _say(text: str) -> int:
+  """Writes to stdout; a reader that has gone, such as `head`, has what it wants.
+
+  Returns:
+    2 when it takes no more, which stderr says; else 0.
+  """
+  try:
+    print(text, flush=True)
+    return 0
+  except OSError as error:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed once more at the end
+    if isinstance(error, BrokenPipeError):
+      return 0
+    print(f"error: cannot write to the standard output ({error.strerror})", file=sys.stderr)
+    return 2
 
 
 def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
@@ -112,7 +124,7 @@ def _run(command: cli.Command, argv: Sequence[str]) -> dict[str, Any]:
       lost = membership.why_over()
       if lost:  # the error is what the loss of another process looks like from here
         raise UserError(lost) from e
-      reason = explain(e, config, _plan_command(argv))
+      reason = explain(e, config, _plan_command(argv), command.mode)
       if reason is not None:
         log.error("%s: %s", type(e).__name__, " ".join(str(e).split())[:400])
         workdir.discard()
@@ -203,7 +215,7 @@ def _end_interrupted(
     flush=True,
   )
   facts = {"interrupted": True, "mode": command.mode, "workdir": str(command.workdir)}
-  print(cli.json_line({**figures, **facts}), flush=True)
+  _say(cli.json_line({**figures, **facts}))
   return 0 if is_term else 130
 
 

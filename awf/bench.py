@@ -87,6 +87,12 @@ def bench_sampler(config: ConfigDict) -> dict[str, Any]:
   bench, sampler = config.bench, config.sampler
   (_, prompt), (_, new) = length_ranges(config)
   context = -(-(prompt + new) // _BLOCK) * _BLOCK
+  if prompt + new > model_config.max_position_embeddings:
+    fields = "bench.prompt + config.bench.new" if "-" not in bench.lengths else "bench.lengths"
+    raise UserError(
+      f"config.{fields}: {prompt + new} tokens of a row are more than the model's "
+      f"{model_config.max_position_embeddings} positions; lower them"
+    )
   rows = bench.batch if bench.lengths == "fixed" else min(bench.batch, sampler.rows)
   drawn: list[int] = []
   with _compile_seconds() as compiling:
@@ -186,20 +192,23 @@ def length_ranges(config: ConfigDict) -> tuple[tuple[int, int], tuple[int, int]]
 
 
 def sampler_requests(config: ConfigDict, vocab_size: int, salt: int) -> list[Request]:
-  """Requests of one repeat: prompts differ from their first token on, and between repeats.
+  """Requests of one repeat: the prompts are random, and others in every repeat.
 
   With `bench.lengths` "mixed", prompts and completions have lengths uniform in [1/8, 1] of
   `bench.prompt` and `bench.new`; with "LOW-HIGH", uniform in that. The same in every repeat.
   """
+  import numpy as np
+
   from awf.sampler.request import Request
 
   bench, requests = config.bench, []
   low = min(100, vocab_size // 4)
+  ids_of = np.random.default_rng([config.seed, salt])
   draw = random.Random(config.seed)
   prompts, news = length_ranges(config)
   for i in range(bench.batch // bench.group):
     prompt, new = draw.randint(*prompts), draw.randint(*news)
-    ids = (low + (salt * 7919 + i * 104729 + j * 31) % (vocab_size - low) for j in range(prompt))
+    ids = ids_of.integers(low, vocab_size, prompt).tolist()
     requests.append(
       Request(
         prompt_ids=tuple(ids),
@@ -369,7 +378,9 @@ def _time(call: Callable[[int], None], repeats: int) -> tuple[float, list[float]
 
 
 def _sizes(config: ConfigDict) -> dict[str, Any]:
-  return {k: config.bench[k] for k in ("batch", "prompt", "new", "group", "lengths")}
+  is_range = config.bench.lengths not in ("fixed", "mixed")
+  names = ("batch", *(() if is_range else ("prompt", "new")), "group", "lengths")
+  return {name: config.bench[name] for name in names}
 
 
 def _model_facts(model_config: QwenConfig, params: Any) -> dict[str, Any]:

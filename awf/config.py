@@ -72,9 +72,12 @@ def above(low: float, high: float = math.inf) -> Rule:
   return Rule(lambda v: low < v <= high, f"more than {low:g}{limit}")
 
 
+_TOKENS = 1 << 20  # of a context, at most; what is far beyond overflows inside the compiler
+
+
 def _is_lengths(text: str) -> bool:
-  match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
-  return text in ("fixed", "mixed") or bool(match and 0 < int(match[1]) <= int(match[2]))
+  match = re.fullmatch(r"([0-9]{1,7})-([0-9]{1,7})", text)
+  return text in ("fixed", "mixed") or bool(match and 0 < int(match[1]) <= int(match[2]) <= _TOKENS)
 
 
 _DTYPES = one_of("auto", "float32", "bfloat16")
@@ -132,12 +135,12 @@ RULES: dict[str, Rule] = {
   "lora.alpha": above(0),
   "lora.targets": some_of(*LORA_TARGETS),
   **{f"{group}.{k}": rule for group in ("sampler", "executor") for k, rule in _SAMPLING.items()},
-  "sampler.rows": at_least(1),
-  "sampler.context": at_least(16),
-  "sampler.prefill_rows": at_least(1),
-  "sampler.steps_per_dispatch": at_least(1),
+  "sampler.rows": between(1, 1 << 25),
+  "sampler.context": between(16, _TOKENS),
+  "sampler.prefill_rows": between(1, 65536),
+  "sampler.steps_per_dispatch": between(1, 4096),
   "sampler.queue": at_least(1),
-  "sampler.prompt_cache_gb": at_least(0),
+  "sampler.prompt_cache_gb": between(0, 65536),
   "executor.concurrency": at_least(1),
   **{f"{group}.remote.{k}": rule for group in REMOTES for k, rule in _REMOTE.items()},
   **{f"{group}.prices": _PRICES for group in REMOTES},
@@ -263,12 +266,12 @@ RULES: dict[str, Rule] = {
   "export.shard_bytes": at_least(1),
   "generate.sampling": one_of("config", "checkpoint"),
   "serve.port": between(0, 65535),
-  "serve.max_body_mb": above(0),
-  "serve.shutdown_seconds": at_least(0),
+  "serve.max_body_mb": above(0, 65536),
+  "serve.shutdown_seconds": between(0, 86400),
   "bench.what": one_of("sampler", "update", "workflow"),
-  "bench.batch": at_least(1),
-  "bench.prompt": at_least(1),
-  "bench.new": at_least(1),
+  "bench.batch": between(1, 65536),
+  "bench.prompt": between(1, _TOKENS),
+  "bench.new": between(1, _TOKENS),
   "bench.group": at_least(1),
   "bench.lengths": Rule(_is_lengths, "fixed, mixed, or LOW-HIGH such as 32-256"),
   "bench.repeats": at_least(1),

@@ -16,6 +16,10 @@ _MEMORY_MARKS = ("RESOURCE_EXHAUSTED", "Out of memory")  # XLA's, on every backe
 
 # What lowers the memory; a resumed run may differ in the first ones (awf.workdir).
 _RESUMABLE = ("grpo.micro_batch", "sampler.rows", "sampler.prefill_rows")
+_BENCH = (
+  *(f"bench.{name}" for name in ("batch", "prompt", "new", "lengths")), "sampler.prompt_cache_gb",
+  "sampler.rows", "grpo.micro_batch",
+)  # fmt: skip
 _OTHER = ("sampler.context", "sampler.max_new_tokens", "lora.rank")
 
 
@@ -33,13 +37,16 @@ def is_out_of_memory(error: BaseException) -> bool:
   return isinstance(error, MemoryError) or any(mark in str(error) for mark in _MEMORY_MARKS)
 
 
-def explain(error: BaseException, config: ConfigDict, plan_command: str) -> str | None:
+def explain(
+  error: BaseException, config: ConfigDict, plan_command: str, mode: str = ""
+) -> str | None:
   """One line for a fault of the machine, or None for anything else.
 
   Args:
     error: what a mode raised; its causes count too.
     config: the run's.
     plan_command: the command that says what fits.
+    mode: which one failed.
   """
   for one in _chain(error):
     reason = disk_fault(one)
@@ -50,6 +57,8 @@ def explain(error: BaseException, config: ConfigDict, plan_command: str) -> str 
       )
     if is_out_of_memory(one):
       first = (str(one).strip().splitlines() or [type(one).__name__])[0][:200]
+      if mode == "bench" and config.bench.what != "workflow":
+        return f"out of memory ({first}): lower {_values(config, _BENCH)}"
       is_full = remat_name(config.grpo.remat) == "full"
       remat = "" if is_full else ", or set config.grpo.remat to full"
       quant = "" if config.model.quant != "none" else ", or config.model.quant=int8"

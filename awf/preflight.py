@@ -34,8 +34,10 @@ def check_files(config: ConfigDict, mode: str, input: str = "", output: str = ""
   """
   if mode == "report":
     return
-  if input and not Path(input).is_file():
+  if input and not Path(input).exists():
     raise UserError(f"--input={input}: no such file; expected JSON lines of {{prompt}}")
+  if input and Path(input).is_dir():
+    raise UserError(f"--input={input}: a folder; expected a file with JSON lines of {{prompt}}")
   if output and not os.access(Path(output).absolute().parent, os.W_OK):
     raise UserError(f"--output={output}: cannot write there; choose another folder")
   fields = ("model.policy", "task.name", "reward.function", "executor.client")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
+import math
 import os
 import signal
 import socket
@@ -107,7 +109,8 @@ def run_serve(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     if not config.lora.init_path:
       policy.set_lora(None)  # likewise in mode generate: a new adapter is not a model to serve
     service = _make_service(config, policy)
-    token = serve.api_key or os.environ.get(TOKEN_VARIABLE, "")
+    # Read from a file it may end in a line break.
+    token = serve.api_key or os.environ.get(TOKEN_VARIABLE, "").strip()
     host = f"[{serve.host}]" if ":" in serve.host else serve.host
     url = f"http://{host}:{bound.getsockname()[1]}/v1"
     if not token and not _is_loopback(serve.host):
@@ -120,7 +123,7 @@ def run_serve(config: ConfigDict, workdir: Any) -> dict[str, Any]:
         log_config=None,
         access_log=False,
         lifespan="off",
-        timeout_graceful_shutdown=int(serve.shutdown_seconds),
+        timeout_graceful_shutdown=math.ceil(serve.shutdown_seconds),
       )
     )
     log.info("serving %s on %s", ", ".join(service.models), url)
@@ -160,12 +163,16 @@ def _bind(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind(address)
     bound.listen(BACKLOG)  # two that do not listen could share the address
-  except OSError as error:
+  except (OSError, UnicodeError) as error:
     if bound is not None:
       bound.close()
+    is_host = bound is None or getattr(error, "errno", None) == errno.EADDRNOTAVAIL
+    advice = "expected a name or an address of this machine"
+    if not is_host:
+      advice = "choose another config.serve.port, or 0 for a free one"
     raise UserError(
-      f"config.serve.host, config.serve.port: cannot listen on {host}:{port} ({error}); "
-      "choose another port, or 0 for a free one"
+      f"config.serve.{'host' if is_host else 'port'}: cannot listen on {host}:{port} ({error}); "
+      f"{advice}"
     ) from error
   bound.set_inheritable(False)
   return bound

@@ -58,6 +58,8 @@ class Choice:
       if part.full_logprobs:
         top = part.top_logprobs[i] if part.top_logprobs else ()
         drawn = self._piece(token_id, part.full_logprobs[i])
+        if self.stream.text.endswith(drawn.text):  # else it is a part of a character
+          place = max(place, len(self.stream.text) - len(drawn.text))
         rows.append(Token(drawn, place, [self._piece(*one) for one in top]))
     if part.finish_reason is not None:
       self.stream.close()

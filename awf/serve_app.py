@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import hmac
 import json
@@ -20,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from awf.sampler.engine import Output, Part, QueueFull
 from awf.sampler.generate import PolicyLike
@@ -75,31 +74,54 @@ class EventStream(Response):
     self._objects = objects
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def event(data: str, more: bool = True) -> None:
+      body = f"data: {data}\n\n".encode()
+      await send({"type": "http.response.body", "body": body, "more_body": more})
+
     async def run() -> None:
-      start = {"status": 200, "headers": self.raw_headers}
-      await send({"type": "http.response.start", **start})
       async for one in self._objects:
-        line = f"data: {json.dumps(one, ensure_ascii=False)}\n\n"
-        await send({"type": "http.response.body", "body": line.encode(), "more_body": True})
-      await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+        await event(json.dumps(one, ensure_ascii=False))
+      await event("[DONE]", more=False)
 
     try:
-      with contextlib.suppress(Gone):
-        await until_gone(receive, run())
+      await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+      await until_gone(receive, run())
+    except Gone:
+      pass
+    except asyncio.CancelledError:  # the time for shutting down is over
+      await event(json.dumps(_shutting_down().body()))
+      await event("[DONE]", more=False)
     finally:
       await self._objects.aclose()
+
+
+class Counter:
+  """Counts requests, and answers that are errors."""
+
+  def __init__(self, app: ASGIApp, counts: dict[str, int]) -> None:
+    self._app, self._counts = app, counts
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def counted(message: Message) -> None:
+      if message["type"] == "http.response.start":
+        self._counts["http_errors"] += message["status"] >= 400
+      await send(message)
+
+    self._counts["http_requests"] += scope["type"] == "http"
+    await self._app(scope, receive, counted)
 
 
 class TokenGate:
   """Lets through who has the bearer token."""
 
   def __init__(self, app: ASGIApp, token: str) -> None:
-    self._app, self._want = app, f"Bearer {token}".encode()
+    self._app, self._want = app, token.encode()
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "http" and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
       given = dict(scope["headers"]).get(b"authorization", b"")
-      if not hmac.compare_digest(given, self._want):
+      scheme, _, key = given.partition(b" ")
+      if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._want):
         message = "Incorrect API key provided" if given else "You didn't provide an API key"
         error = ApiError(401, message, None, "invalid_api_key")
         await _refusal(error)(scope, receive, send)
@@ -107,9 +129,13 @@ class TokenGate:
     await self._app(scope, receive, send)
 
 
-def _refusal(error: ApiError) -> JSONResponse:
-  headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
-  return JSONResponse(error.body(), error.status, headers)
+def _shutting_down() -> ApiError:
+  return ApiError(503, "the server is shutting down", None, "shutting_down")
+
+
+def _refusal(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+  known = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+  return JSONResponse(error.body(), error.status, headers or known.get(error.status))
 
 
 def _render(answer: Answer, outputs: list[list[Output]]) -> tuple[dict[str, Any], JSONResponse]:
@@ -121,7 +147,7 @@ class Service:
   """The handlers.
 
   Attributes:
-    counts: requests, errors, clients that left early.
+    counts: of the server: requests, answers that are errors, clients that left early.
 
   Args:
     policy: what answers.
@@ -141,7 +167,8 @@ class Service:
   ) -> None:
     self._policy, self.models, self._defaults = policy, dict(models), defaults
     self._most_bytes, self._started, self._watch = most_bytes, int(time.time()), watch
-    self.counts = dict.fromkeys(("http_requests", "http_errors", "clients_gone"), 0)
+    names = ("http_requests", "http_errors", "clients_gone")
+    self.counts: dict[str, int] = dict.fromkeys(names, 0)
 
   async def chat(self, request: HttpRequest) -> Response:
     """POST /v1/chat/completions."""
@@ -184,7 +211,12 @@ class Service:
     return {"id": name, "object": "model", "created": self._started, "owned_by": "awf"}
 
   async def _complete(self, request: HttpRequest, is_chat: bool) -> Response:
-    self.counts["http_requests"] += 1
+    try:
+      return await self._answer(request, is_chat)
+    except asyncio.CancelledError as error:  # the time for shutting down is over
+      raise _shutting_down() from error
+
+  async def _answer(self, request: HttpRequest, is_chat: bool) -> Response:
     body, size = await self._body(request)
     parse = functools.partial(parse_call, body, is_chat, self._policy, self.models, self._defaults)
     call = await asyncio.to_thread(parse) if size > _LONG else parse()
@@ -290,12 +322,12 @@ def make_app(service: Service, token: str = "", origins: Sequence[str] = ()) -> 
   """
 
   async def refuse(request: HttpRequest, error: Exception) -> Response:
-    service.counts["http_errors"] += 1
     if isinstance(error, ApiError):
       return _refusal(error)
     if isinstance(error, HTTPException):
       path = f"{request.method} {request.url.path}"
-      return _refusal(ApiError(error.status_code, f"Invalid URL ({path}): {error.detail}"))
+      refusal = ApiError(error.status_code, f"Invalid URL ({path}): {error.detail}")
+      return _refusal(refusal, error.headers)
     log.error("serve: %s %s failed", request.method, request.url.path, exc_info=error)
     return _refusal(ApiError(500, "the server failed; its log says why"))
 
@@ -311,7 +343,7 @@ def make_app(service: Service, token: str = "", origins: Sequence[str] = ()) -> 
     Route("/v1/chat/completions", service.chat, methods=["POST"]),
     Route("/v1/completions", service.complete, methods=["POST"]),
   ]
-  middleware = []
+  middleware = [Middleware(Counter, counts=service.counts)]
   if origins:
     middleware.append(
       Middleware(

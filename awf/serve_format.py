@@ -42,7 +42,7 @@ class ApiError(Exception):
   def __init__(
     self, status: int, message: str, param: str | None = None, code: str | None = None
   ) -> None:
-    super().__init__(message)
+    super().__init__(message[:_MESSAGE_CHARS])
     self.status, self.param, self.code = status, param, code
 
   @property
@@ -92,7 +92,7 @@ def parse_call(
   adapter = models.get(_field(body, "model", str, required=True))
   if adapter is None:
     known = ", ".join(models)
-    message = f"The model {body['model']!r} does not exist; it is one of {known}"
+    message = f"The model {body['model']!r:.80} does not exist; it is one of {known}"
     raise ApiError(404, message, "model", "model_not_found")
   prompts = [_chat_ids(body, policy)] if is_chat else _prompts(body, policy)
   top_logprobs = _top_logprobs(body, is_chat)
@@ -109,7 +109,7 @@ def parse_call(
       one = dataclasses.replace(sampling, max_new_tokens=most)
       request = dataclasses.replace(
         policy.request(ids, one, stable_hash(key, i) if i else key % 2**63, n, adapter),
-        ignore_eos=bool(body.get("ignore_eos")),
+        ignore_eos=_field(body, "ignore_eos", bool, False),
         top_logprobs=top_logprobs or 0,
       )
       policy.engine.check(request)
@@ -117,10 +117,13 @@ def parse_call(
   except ValueError as error:
     field = str(error).partition(":")[0]
     name = _FIELDS.get(field, field)
-    raise ApiError(400, (name + str(error)[len(field) :])[:_MESSAGE_CHARS], name) from error
+    raise ApiError(400, name + str(error)[len(field) :], name) from error
   options = _field(body, "stream_options", dict, None) or {}
+  unknown = next((name for name in options if name != "include_usage"), None)
+  if unknown is not None:
+    raise ApiError(400, f"stream_options: unknown field {unknown!r:.80}", "stream_options")
   stream = _field(body, "stream", bool, False)
-  usage = stream and bool(options.get("include_usage"))
+  usage = _field(options, "include_usage", bool, False) and stream
   return Call(is_chat, body["model"], tuple(requests), stream, usage, top_logprobs)
 
 
@@ -160,8 +163,8 @@ def _sampling(
   stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
   if not isinstance(stop, list) or len(stop) > MOST_STOPS:
     raise ApiError(400, f"stop: expected a text or at most {MOST_STOPS} of them", "stop")
-  ids = body.get("stop_token_ids") or []
-  if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+  ids = _field(body, "stop_token_ids", list, [])
+  if not all(type(i) is int for i in ids):
     raise ApiError(400, "stop_token_ids: expected a list of token ids", "stop_token_ids")
   names = ("temperature", "top_p", "min_p", "top_k")
   own = {name: _field(body, name, SHARED_FIELDS[name]) for name in names}
@@ -223,6 +226,11 @@ def _chat_ids(body: dict[str, Any], policy: PolicyLike) -> tuple[int, ...]:
     if not isinstance(message, dict):
       raise ApiError(400, f"messages[{i}]: expected an object with role and content", "messages")
     role = "system" if message.get("role") == "developer" else message.get("role")
+    for name in ("tool_calls", "function_call"):
+      if message.get(name):
+        raise ApiError(
+          400, f"messages[{i}].{name} is not supported here", "messages", "unsupported_parameter"
+        )
     plain.append({"role": role, "content": _content(message.get("content"), i)})
   try:
     return policy.prompt_ids(plain)
@@ -235,8 +243,9 @@ def _chat_ids(body: dict[str, Any], policy: PolicyLike) -> tuple[int, ...]:
 def _content(content: Any, i: int) -> str:
   """A text, or the texts of a list of parts."""
   if isinstance(content, list):
-    parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-    if all(isinstance(part, str) for part in parts) and parts:
+    texts = (part for part in content if isinstance(part, dict) and part.get("type") == "text")
+    parts = [part.get("text") for part in texts]
+    if parts and len(parts) == len(content) and all(isinstance(part, str) for part in parts):
       return "".join(map(str, parts))
   elif isinstance(content, str):
     return content

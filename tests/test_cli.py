@@ -192,12 +192,39 @@ def test_bench_prompts_are_new_in_every_repeat():
   from awf.bench import sampler_requests
 
   config = base_config()
-  config.bench.update(batch=16, prompt=8, group=4)
+  config.bench.update(batch=2048, prompt=8, group=4)
   seen = [r.prompt_ids for salt in range(4) for r in sampler_requests(config, 1200, salt)]
-  assert len(seen) == 16 and len({p[0] for p in seen}) == 16
+  assert len(seen) == 2048 and len({p[:7] for p in seen}) == 2048
+  again = sampler_requests(config, 1200, 3)
+  assert [r.prompt_ids for r in again] == seen[-512:] and max(map(max, seen)) < 1200
+  config.bench.batch = 16
   config.bench.lengths = "mixed"
   lengths = {len(r.prompt_ids) for r in sampler_requests(config, 1200, 0)}
   assert len(lengths) > 1 and max(lengths) <= 8
+
+
+def test_a_bench_beyond_the_models_positions_is_refused(capsys):
+  bench = "--config=configs/quickstart.py", "--mode=bench"
+  line = one_line_error(capsys, *bench, "--config.bench.prompt=4000")
+  assert "config.bench.prompt + config.bench.new: 4128 tokens" in line and "4096 positions" in line
+  line = one_line_error(capsys, *bench, "--config.bench.lengths=10-2100")
+  assert "config.bench.lengths: 4200 tokens" in line
+
+
+@pytest.mark.parametrize(
+  ("target", "code", "said"), [("pipe", 0, ""), ("/dev/full", 2, "No space left on device")]
+)
+def test_a_standard_output_that_takes_no_more(target, code, said):
+  command = [sys.executable, str(ROOT / "launch.py"), "--config.help=sampler"]
+  if target == "pipe":
+    reader, out = os.pipe()
+    os.close(reader)
+  else:
+    out = os.open(target, os.O_WRONLY)
+  done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=400)
+  os.close(out)
+  assert done.returncode == code and len(done.stderr.splitlines()) == bool(said), done.stderr
+  assert said in done.stderr
 
 
 def test_bench_expresses_mixed_work_of_a_given_range():

@@ -218,7 +218,7 @@ BAD_LINES = [
   ({**GOOD, "adapter": "nobody"}, "adapter 'nobody' is not loaded; expected one of base"),
   ({**GOOD, "top_k": -1}, "top_k: expected 0"),
   ({**GOOD, "max_new_tokens": 0}, "max_new_tokens: expected at least 1"),
-  ({**GOOD, "n": 0}, "n: expected at least 1"),
+  ({**GOOD, "n": 0}, "n: expected 1 to"),
   ({**GOOD, "seed": -4}, "seed: expected an integer in"),
   ({**GOOD, "stop_ids": 3}, "stop_ids: expected a list of token ids"),
   ({**GOOD, "stop_ids": [10**9]}, "stop_ids: expected ids from 0"),
@@ -237,7 +237,7 @@ def test_a_bad_line_is_named_before_anything_runs(generate, policy, tmp_path, li
   assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
 
 
-def test_files_that_cannot_be_used_are_user_errors(generate, policy, tmp_path):
+def test_files_that_cannot_be_used_are_user_errors(generate, policy, tmp_path, monkeypatch):
   good = tmp_path / "good.jsonl"
   good.write_text(json.dumps(GOOD))
   (tmp_path / "blank.jsonl").write_text("\n \n")
@@ -252,7 +252,11 @@ def test_files_that_cannot_be_used_are_user_errors(generate, policy, tmp_path):
     (good, good, "is the input"),
     (good, good / "under" / "a_file", "--output: cannot write"),
     (good, os.devnull, "--output: expected the path of a file"),
+    (good, tmp_path / "stdout", "is the standard output, whose last line"),
   )
+  (tmp_path / "stdout").touch()
+  kept = os.fstat
+  monkeypatch.setattr(os, "fstat", lambda fd: kept(fd) if fd != 1 else (tmp_path / "stdout").stat())
   for source, target, message in cases:
     with pytest.raises(UserError, match=message):
       run_generate(policy, str(source), str(target), sampling=SAMPLING, seed=0, adapter=0)

@@ -108,6 +108,9 @@ MISTAKES = {
   "generate from no file": (
     (Q, "--mode=generate", "--input=in.jsonl", "--output=out.jsonl"), "--input=in.jsonl",
   ),
+  "generate from a folder": (
+    (Q, "--mode=generate", "--input=.", "--output=out.jsonl"), "--input=.: a folder",
+  ),
   "generate to nowhere": (
     (Q, "--mode=generate", "--input=aime.jsonl", "--output=no/out.jsonl"), "--output=no/out.jsonl",
   ),
@@ -136,6 +139,18 @@ MISTAKES = {
   "chip that is not known": ((Q, "--mode=plan", "--config.plan.target=v5e"), "config.plan.target"),
   "batch that groups do not divide": (
     (Q, "--mode=bench", "--config.bench.batch=5", "--config.bench.group=2"), "config.bench.group",
+  ),
+  "more steps than a number counts": (
+    (Q, "--config.sampler.steps_per_dispatch=3000000000"), "sampler.steps_per_dispatch",
+  ),
+  "a cache beyond all measure": (
+    (Q, "--config.sampler.prompt_cache_gb=1e300"), "config.sampler.prompt_cache_gb",
+  ),
+  "a prompt beyond all measure": (
+    (Q, "--mode=bench", "--config.bench.prompt=99999999999999999999"), "config.bench.prompt",
+  ),
+  "digits of another script": (
+    (Q, "--mode=bench", "--config.bench.lengths=\u0663-\u0665"), "config.bench.lengths",
   ),
   "workflows by random weights": (
     (Q, "--mode=bench", "--config.bench.what=workflow", "--config.bench.weights=random"),

@@ -247,9 +247,23 @@ def test_an_answer_that_is_no_completion(answer):
     ask(url)
 
 
+def test_a_lone_surrogate_is_sent_as_a_question_mark(monkeypatch):
+  monkeypatch.setitem(CHAT[0], "content", "a\ud800b")
+  with endpoint((200, ANSWER)) as (url, seen):
+    ask(url)
+    assert seen[0][2]["messages"][0]["content"] == "a?b"
+
+
 def test_wrong_arguments():
   with pytest.raises(UserError, match="http"):
     RemoteLLM("localhost:8000", "m")
+  for url in ("http://ex\u00e4mple..x/v1", "http://xn--/v1", "http://[::1/v1", "http://a:b/v1"):
+    with pytest.raises(UserError, match="config.executor.remote: expected a valid address"):
+      RemoteLLM(url, "m", field="config.executor.remote")
+  for key in ("schl\u00fcssel", "two\nlines"):
+    with pytest.raises(UserError, match="printable ASCII") as refused:
+      RemoteLLM("http://localhost:1/v1", "m", api_key=key)
+    assert key not in str(refused.value)
   with endpoint((200, ANSWER)) as (url, _), pytest.raises(ValueError, match="adapter"):
     ask(url, adapter=1)
 

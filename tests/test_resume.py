@@ -142,3 +142,5 @@ def test_no_memory_left_names_the_plan_and_the_fields():
   for part in ("`python launch.py --mode=plan`", "config.grpo.micro_batch (8)", "model.quant=int8"):
     assert part in line
   assert explain(ValueError("something else"), base_config(), "plan") is None
+  line = explain(wrapped, base_config(), "plan", "bench")
+  assert "config.bench.batch (" in line and "prompt_cache_gb (" in line and "lora" not in line

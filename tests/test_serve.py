@@ -1,6 +1,7 @@
 """Mode serve with the shipped model, a process of its own, and OpenAI's own client."""
 
 import asyncio
+import concurrent.futures
 import json
 import os
 import re
@@ -16,17 +17,20 @@ import jax
 import numpy as np
 import openai
 import pytest
-from conftest import ROOT
+import uvicorn
+from conftest import ROOT, until
 
 from awf.config_io import load_config as read_config
+from awf.policy import QwenPolicy
 from awf.qwen.hf import fingerprint, load_config
 from awf.qwen.lora import LoRAConfig, init_lora
 from awf.qwen.peft import save_adapter
 from awf.sampler.remote import RemoteLLM
 from awf.sampler.request import Part
 from awf.sampler.text import TextStream
-from awf.serve import _bind
+from awf.serve import Server, _bind
 from awf.serve_answer import Choice
+from awf.serve_app import Service, make_app
 from awf.types import SamplingParams, UserError
 
 KEY, ORIGIN = "a-token", "https://app.example"
@@ -57,7 +61,7 @@ def server(tmp_path_factory):
   ]  # fmt: skip
   env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   process = subprocess.Popen(
-    argv, cwd=ROOT, env=env | {"AWF_API_KEY": KEY}, text=True,
+    argv, cwd=ROOT, env=env | {"AWF_API_KEY": f"{KEY}\n"}, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.PIPE,
   )  # fmt: skip
   said, ready = [], threading.Event()
@@ -240,6 +244,18 @@ class Letters:
     return self.texts[token_id].encode()
 
 
+def test_offsets_count_characters_of_the_text():
+  letters = Letters()
+  letters.decode = lambda ids, skip_special=True: b"".join(
+    (b"a", b"\xe2\x82", b"\xac", b"bc")[i] for i in ids
+  ).decode("utf-8", "replace")
+  choice = Choice(0, TextStream(letters.decode), letters)
+  ids = (0, 1, 2, 3, 1, 3)
+  text, rows = choice.take(Part(0, ids, (-1.0,) * 6, "length", (-1.0,) * 6))
+  assert text == "a\u20acbc\ufffdbc"
+  assert [row.place for row in rows] == [0, 1, 1, 2, 4, 5]
+
+
 @pytest.mark.parametrize("split", [1, 2, 3])
 @pytest.mark.parametrize(("ids", "stop"), [((0, 1, 2), "abc"), ((0, 1, 3), None)])
 def test_a_stream_shows_the_tokens_of_its_text_alone(ids, stop, split):
@@ -314,7 +330,19 @@ def test_the_likeliest_tokens_come_where_they_are_asked_for(client):
     ({"logprobs": True, "top_logprobs": 21}, openai.BadRequestError, "top_logprobs", "0 to 20"),
     ({"top_logprobs": 3}, openai.BadRequestError, "top_logprobs", "logprobs: true"),
     ({"extra_body": {"stop_token_ids": list(range(9))}}, openai.BadRequestError, "stop_token_ids",
-     "stop_token_ids: .* at most 8"),
+     "stop_token_ids: .* at most 8 ids, the model's own among them, got 9"),
+    ({"extra_body": {"stop_token_ids": [5, 2**31]}}, openai.BadRequestError, "stop_token_ids",
+     "got 2147483648$"),
+    ({"extra_body": {"stop_token_ids": 0}}, openai.BadRequestError, "stop_token_ids", "a list"),
+    ({"extra_body": {"ignore_eos": "false"}}, openai.BadRequestError, "ignore_eos", "true or"),
+    ({"extra_body": {"messages": "x"}}, openai.BadRequestError, "messages", "a list"),
+    ({"stream_options": {"include_usage": "no"}}, openai.BadRequestError, "include_usage", "true"),
+    ({"stream_options": {"usage": True}}, openai.BadRequestError, "stream_options", "unknown"),
+    ({"model": "m" * 9000}, openai.NotFoundError, "model", "^.{,300}$"),
+    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
+     openai.BadRequestError, "messages", r"messages\[0\].tool_calls is not supported"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "see"}]}]},
+     openai.BadRequestError, "messages", "text parts"),
     ({"extra_body": {"beams": 3}}, openai.BadRequestError, "beams", "Unrecognized"),
     *(({"messages": [{"role": "user", "content": "apple " * count}]}, openai.BadRequestError,
        "messages", "maximum context length is 512") for count in (900, 15_000)),
@@ -340,6 +368,17 @@ def test_bodies_routes_and_tokens_that_cannot_be(server, client, http):
     answer = http.post(path, content=content)
     assert answer.status_code == status, path
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+  assert answer.headers["allow"] == "GET, HEAD" or answer.headers["allow"] == "HEAD, GET"
+  lower = {"Authorization": f"bearer {KEY}"}
+  assert httpx.get(f"{root}/v1/models", headers=lower).status_code == 200
+
+  def counted():
+    text = httpx.get(f"{root}/metrics", headers=lower).text
+    return [int(x) for x in re.findall(r"^awf_http_(?:requests|errors)_total (\d+)$", text, re.M)]
+
+  before = counted()
+  assert [httpx.get(f"{root}/{name}").status_code for name in ("nope", "health")] == [401, 200]
+  assert counted() == [before[0] + 3, before[1] + 1]
   for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
     for path in ("/v1/models", "/metrics"):
       answer = httpx.get(root + path, headers=headers)
@@ -433,11 +472,64 @@ def test_many_prompts_of_one_call_stand_in_line(client):
   assert texts == [choice.text for choice in made.choices]
 
 
+@pytest.mark.parametrize("host", ["127.0..1", "\u00fc..x", "nosuch.invalid", "x" * 64, "192.0.2.1"])
+def test_a_host_that_is_not_this_machines_is_named(host):
+  with pytest.raises(UserError, match=r"config.serve.host: .*address of this machine"):
+    _bind(host, 0)
+
+
+def test_answers_that_the_end_cuts_off_say_so(caplog):
+  """Whole and streamed, and one whose request is not all there."""
+  config = read_config("configs/quickstart.py")
+  with config.unlocked():
+    config.sampler.update(rows=2, context=512, max_new_tokens=192)
+  policy = QwenPolicy.from_config(config)
+  engine, held, go = policy.engine, threading.Event(), threading.Event()
+  run = engine.device.run
+
+  def hold(*args):
+    drawn = run(*args)
+    held.set()
+    assert go.wait(400)
+    return drawn
+
+  engine.device.run = hold
+  app = make_app(Service(policy, {"nano": 0}, SamplingParams(), 1 << 20))
+  server = Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+  with _bind("127.0.0.1", 0) as bound:
+    port = bound.getsockname()[1]
+    url, body = f"http://127.0.0.1:{port}/v1/completions", {"model": "nano", "prompt": "Tom"}
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])))
+    thread.start()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+      answers = [
+        pool.submit(httpx.post, url, json={**body, "stream": stream}, timeout=400)
+        for stream in (False, True)
+      ]
+      half = socket.create_connection(("127.0.0.1", port), timeout=400)
+      half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+      until(lambda: held.is_set() and engine.stats()["requests"] == 2)
+      server.should_exit = True
+      whole, streamed = (answer.result() for answer in answers)
+      assert b" 503 " in half.recv(100)
+      half.close()
+    thread.join(400)
+  go.set()
+  assert whole.status_code == 503 and whole.json()["error"]["code"] == "shutting_down"
+  *_, last, done = streamed.text.strip().split("\n\n")
+  assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+  assert done == "data: [DONE]" and engine.stats()["cancelled"] == 2
+  policy.close()
+  assert "Traceback" not in caplog.text
+
+
 def test_a_port_that_somebody_has_is_refused_before_a_model_is_loaded():
   with _bind("127.0.0.1", 0) as bound:
     port = bound.getsockname()[1]
     socket.create_connection(("127.0.0.1", port), timeout=60).close()  # it listens
-    with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}.*another port"):
+    with pytest.raises(
+      UserError, match=f"cannot listen on 127.0.0.1:{port}.*another config.serve.port"
+    ):
       _bind("127.0.0.1", port)
 
 

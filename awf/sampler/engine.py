@@ -40,7 +40,7 @@ TPU_WIDTH = 256  # of both: fewer and larger pieces of a decode step
 PROMPT_BYTES = 3 << 29  # pages for prompts: what all rows could need unless that is more
 STALL_TOKENS, GPU_STALL_TOKENS = 2048, 8192  # most prompt tokens of a dispatch in which rows decode
 QUEUE = 8192  # completions that may wait for a row unless told otherwise
-COUNTS = ("requests", "completions", "refused", "cancelled", "failed", "prompt_tokens", "tokens")
+COUNTS = ("requests", "completions", "refused", "failed", "prompt_tokens", "tokens")
 
 log = logging.getLogger("awf")
 
@@ -315,7 +315,7 @@ class Engine:
     slots = self.device.counts["row_slots"]
     return {
       **self._counts,
-      "cancelled": self._counts["cancelled"] + self._inbox.num_called_off,
+      "cancelled": self._inbox.num_cancelled,
       **self.device.counts,
       "prompt_hits": s.prompt_hits,
       "prompt_misses": s.prompt_misses,
@@ -381,7 +381,8 @@ class Engine:
       )
     for name, ids in (("prompt_ids", request.prompt_ids), ("stop_ids", request.stop_ids)):
       if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
-        raise ValueError(f"{name}: expected ids in [0, {self.config.vocab_size}), got {ids}")
+        wrong = next(i for i in ids if not 0 <= i < self.config.vocab_size)
+        raise ValueError(f"{name}: expected ids in [0, {self.config.vocab_size}), got {wrong}")
     if request.stop and self._decode is None:
       raise ValueError("stop: this engine was made without `decode` and knows no texts")
 
@@ -447,7 +448,6 @@ class Engine:
     self._scheduler.drop(job)
     job.call_off()
     self._open.pop(job, None)
-    self._counts["cancelled"] += 1
 
   def _drop_old_adapters(self) -> None:
     """Frees the adapters that no request can still ask for."""

@@ -250,12 +250,21 @@ def _prompt_ids(policy: PolicyLike, fields: dict[str, Any]) -> tuple[int, ...]:
 # --- writing
 
 
+def _is_stdout(path: Path) -> bool:
+  try:
+    return os.path.samestat(path.stat(), os.fstat(1))
+  except OSError:  # not there, or closed
+    return False
+
+
 @contextlib.contextmanager
 def _whole_file(output: str, input: str) -> Iterator[IO[str]]:
   """A file that takes the place of `output` if the block ends well, and else leaves no trace."""
   given = Path(output).expanduser()
   if given.exists() and not given.is_file():
     raise UserError(f"--output: expected the path of a file, got {str(output)!r}")
+  if _is_stdout(given):
+    raise UserError(f"--output: {output} is the standard output, whose last line is the result's")
   path = given.resolve()  # a link stays a link to the new file
   if path == Path(input).resolve():
     raise UserError(f"--output: {output} is the input; expected another path")

@@ -20,7 +20,7 @@ class Inbox:
   Attributes:
     lock: held by whoever changes what a new job is made of (the engine's adapters).
     is_closed: nothing comes in any more.
-    num_called_off: jobs whose callers went while they stood in line.
+    num_cancelled: jobs whose callers went before the answer.
 
   Args:
     most: completions that may wait for a row; a job that asks for more has the queue to itself.
@@ -35,7 +35,7 @@ class Inbox:
     self._beyond: dict[Job, None] = {}  # no place in the queue yet, in order of arrival
     self._gone: list[Job] = []  # called off by their callers
     self._held = 0  # completions in the engine's queue and in `_new`
-    self._numbers = self.num_called_off = 0
+    self._numbers = self.num_cancelled = 0
     self._is_stirred = False
 
   def put(self, job: Job, wait: bool = True) -> None:
@@ -124,9 +124,9 @@ class Inbox:
     if not future.cancelled():
       return
     with self.lock:
+      self.num_cancelled += 1
       if job in self._beyond:
         del self._beyond[job]
-        self.num_called_off += 1
         job.call_off()
         self._let_in()
       else:

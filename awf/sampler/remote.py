@@ -52,6 +52,11 @@ class RemoteConfig:
   tokens_per_minute: int = 0
 
 
+def _encodable(text: str) -> str:
+  """A text without lone surrogates, which no request can hold; `?` as at the local model."""
+  return text.encode("utf-8", "replace").decode("utf-8")
+
+
 class RemoteLLM:
   """Calls `POST <base_url>/chat/completions`.
 
@@ -93,7 +98,13 @@ class RemoteLLM:
     """
     if not base_url.startswith(("http://", "https://")):
       raise UserError(f"{field}: expected http://... or https://..., got {base_url!r}")
+    try:
+      _ = httpx.URL(base_url).host
+    except (httpx.InvalidURL, UnicodeError) as error:  # idna's is one
+      raise UserError(f"{field}: expected a valid address, got {base_url!r}") from error
     self._key = os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key
+    if not (self._key.isascii() and self._key.isprintable()):
+      raise UserError(f"{field}: expected a key of printable ASCII characters in its variable")
     self.model, self.url = model, base_url.rstrip("/")
     self._field, self._retries, self._first_wait = field, retries, first_wait
     self._timeout, self._concurrency = timeout, concurrency
@@ -153,7 +164,7 @@ class RemoteLLM:
       raise ValueError(f"adapter: a remote model has only adapter 0, got {adapter}")
     body: dict[str, Any] = {
       "model": self.model,
-      "messages": messages,
+      "messages": [{name: _encodable(x) for name, x in one.items()} for one in messages],
       "temperature": sampling.temperature,
       "top_p": sampling.top_p,
       "seed": key & 0x7FFFFFFF,

@@ -18,7 +18,11 @@ SHARED_FIELDS: dict[str, type] = {
   **dict.fromkeys(("temperature", "top_p", "min_p"), float),
   **dict.fromkeys(("top_k", "seed", "n"), int),
 }
-JSON_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+JSON_NAMES = {
+  **{str: "a text", int: "a whole number", float: "a number", bool: "true or false"},
+  **{list: "a list", dict: "an object"},
+}
+MOST_COMPLETIONS = 1 << 16  # of one request
 
 
 def is_json(value: Any, kind: type) -> bool:
@@ -79,8 +83,8 @@ class Request:
     if isinstance(self.stop, str):
       raise ValueError(f"stop: expected a tuple of texts, got the text {self.stop!r}")
     object.__setattr__(self, "stop", tuple(self.stop))
-    if self.n < 1:
-      raise ValueError(f"n: expected at least 1 completion, got {self.n}")
+    if not 1 <= self.n <= MOST_COMPLETIONS:
+      raise ValueError(f"n: expected 1 to {MOST_COMPLETIONS} completions, got {str(self.n)[:20]}")
     if not 0 <= self.seed < 2**63:
       raise ValueError(f"seed: expected an integer in [0, 2**63), got {self.seed}")
     if not 0 <= self.temperature < math.inf:
@@ -94,7 +98,10 @@ class Request:
     if self.max_new_tokens < 1:
       raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
     if len(self.stop_ids) > MAX_STOP_IDS:
-      raise ValueError(f"stop_ids: expected at most {MAX_STOP_IDS} ids, got {len(self.stop_ids)}")
+      raise ValueError(
+        f"stop_ids: expected at most {MAX_STOP_IDS} ids, the model's own among them, "
+        f"got {len(self.stop_ids)}"
+      )
     if not all(isinstance(text, str) and text for text in self.stop):
       raise ValueError(f"stop: expected texts that are not empty, got {list(self.stop)!r}")
     if self.logprobs not in get_args(LogProbs):

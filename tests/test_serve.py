@@ -472,7 +472,7 @@ def test_many_prompts_of_one_call_stand_in_line(client):
   assert texts == [choice.text for choice in made.choices]
 
 
-@pytest.mark.parametrize("host", ["127.0..1", "\u00fc..x", "nosuch.invalid", "x" * 64, "192.0.2.1"])
+@pytest.mark.parametrize("host", ["127.0..1", "\u00fc..x", "x" * 64, "192.0.2.1"])
 def test_a_host_that_is_not_this_machines_is_named(host):
   with pytest.raises(UserError, match=r"config.serve.host: .*address of this machine"):
     _bind(host, 0)

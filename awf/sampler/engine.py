@@ -9,11 +9,12 @@ depends on another row. Fast mode has a second shape for few rows.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import functools
 import logging
 import math
 import threading
-import weakref
 from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import Future
 
@@ -200,8 +201,10 @@ class Engine:
     self._error: BaseException | None = None
     self._counts = dict.fromkeys(COUNTS, 0)
     self._thread = threading.Thread(target=self._run, name="awf-engine", daemon=True)
-    # A thread at work in the runtime when the interpreter ends would abort the process.
-    self._at_exit = weakref.finalize(self, _stop, self._inbox, self._thread)
+    # A thread at work in JAX when the interpreter ends would abort the process. JAX is imported, so
+    # this comes before JAX's own end.
+    self._at_exit = functools.partial(_stop, self._inbox, self._thread)
+    atexit.register(self._at_exit)
     self._thread.start()
 
   @property
@@ -335,8 +338,8 @@ class Engine:
 
   def close(self) -> None:
     """Stops the thread after the running dispatch; unanswered requests fail with RuntimeError."""
-    self._at_exit.detach()
-    _stop(self._inbox, self._thread)
+    self._at_exit()
+    atexit.unregister(self._at_exit)
 
   def __enter__(self) -> Engine:
     return self

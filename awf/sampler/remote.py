@@ -102,7 +102,7 @@ class RemoteLLM:
       _ = httpx.URL(base_url).host
     except (httpx.InvalidURL, UnicodeError) as error:  # idna's is one
       raise UserError(f"{field}: expected a valid address, got {base_url!r}") from error
-    self._key = os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key
+    self._key = os.environ.get("OPENAI_API_KEY", "").strip() if api_key is None else api_key
     if not (self._key.isascii() and self._key.isprintable()):
       raise UserError(f"{field}: expected a key of printable ASCII characters in its variable")
     self.model, self.url = model, base_url.rstrip("/")

@@ -165,7 +165,7 @@ def _search(
       if wrapper.scores():
         wrapper.collect(problems)
       raise
-  return {"proposals": proposals, "calls": service.counts["http_requests"], "spent": spent}
+  return {"proposals": proposals, "calls": service.counts["calls"], "spent": spent}
 
 
 def _finish(

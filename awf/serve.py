@@ -109,8 +109,7 @@ def run_serve(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     if not config.lora.init_path:
       policy.set_lora(None)  # likewise in mode generate: a new adapter is not a model to serve
     service = _make_service(config, policy)
-    # Read from a file it may end in a line break.
-    token = serve.api_key or os.environ.get(TOKEN_VARIABLE, "").strip()
+    token = _token(serve.api_key)
     host = f"[{serve.host}]" if ":" in serve.host else serve.host
     url = f"http://{host}:{bound.getsockname()[1]}/v1"
     if not token and not _is_loopback(serve.host):
@@ -136,6 +135,17 @@ def run_serve(config: ConfigDict, workdir: Any) -> dict[str, Any]:
     **{name: int(stats[name]) for name in ("requests", "completions", "cancelled", "tokens")},
     "wall_seconds": time.perf_counter() - began,
   }
+
+
+def _token(configured: str) -> str:
+  """The bearer token that clients have to show; "" asks for none.
+
+  Read from a file it may end in a line break, and one of blanks alone is no open server.
+  """
+  given = configured or os.environ.get(TOKEN_VARIABLE, "")
+  if given and not given.strip():
+    raise UserError(f"{TOKEN_VARIABLE}: expected a key, got blanks alone; unset it to ask for none")
+  return given.strip()
 
 
 def _make_service(config: ConfigDict, policy: QwenPolicy) -> Service:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hmac
 import json
@@ -33,6 +34,7 @@ _T = TypeVar("_T")
 Watch = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 _LONG = 1 << 16  # bytes of a body whose tokens a thread finds, while others are served
 _MANY = 1 << 11  # log-probs of an answer that a thread renders, likewise
+_LAST_SECONDS = 1.0  # for telling a stream's reader that it is cut off; one may read no more
 OPEN = ("/health",)  # needs no token: a load balancer has none
 
 
@@ -78,9 +80,13 @@ class EventStream(Response):
       body = f"data: {data}\n\n".encode()
       await send({"type": "http.response.body", "body": body, "more_body": more})
 
+    is_whole = False
+
     async def run() -> None:
+      nonlocal is_whole
       async for one in self._objects:
         await event(json.dumps(one, ensure_ascii=False))
+      is_whole = True
       await event("[DONE]", more=False)
 
     try:
@@ -89,14 +95,17 @@ class EventStream(Response):
     except Gone:
       pass
     except asyncio.CancelledError:  # the time for shutting down is over
-      await event(json.dumps(_shutting_down().body()))
-      await event("[DONE]", more=False)
+      with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_SECONDS):
+          if not is_whole:
+            await event(json.dumps(_shutting_down().body()))
+            await event("[DONE]", more=False)
     finally:
       await self._objects.aclose()
 
 
 class Counter:
-  """Counts requests, and answers that are errors."""
+  """Counts requests and answers that are errors; 499 is no answer but a client that left."""
 
   def __init__(self, app: ASGIApp, counts: dict[str, int]) -> None:
     self._app, self._counts = app, counts
@@ -104,11 +113,15 @@ class Counter:
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     async def counted(message: Message) -> None:
       if message["type"] == "http.response.start":
-        self._counts["http_errors"] += message["status"] >= 400
+        self._counts["http_errors"] += message["status"] >= 400 and message["status"] != 499
       await send(message)
 
     self._counts["http_requests"] += scope["type"] == "http"
-    await self._app(scope, receive, counted)
+    try:
+      await self._app(scope, receive, counted)
+    except Exception:  # answered outside of all middleware
+      self._counts["http_errors"] += 1
+      raise
 
 
 class TokenGate:
@@ -147,7 +160,8 @@ class Service:
   """The handlers.
 
   Attributes:
-    counts: of the server: requests, answers that are errors, clients that left early.
+    counts: of the server: requests, answers that are errors, calls of the model, clients that left
+      early.
 
   Args:
     policy: what answers.
@@ -167,7 +181,7 @@ class Service:
   ) -> None:
     self._policy, self.models, self._defaults = policy, dict(models), defaults
     self._most_bytes, self._started, self._watch = most_bytes, int(time.time()), watch
-    names = ("http_requests", "http_errors", "clients_gone")
+    names = ("http_requests", "http_errors", "calls", "clients_gone")
     self.counts: dict[str, int] = dict.fromkeys(names, 0)
 
   async def chat(self, request: HttpRequest) -> Response:
@@ -211,6 +225,7 @@ class Service:
     return {"id": name, "object": "model", "created": self._started, "owned_by": "awf"}
 
   async def _complete(self, request: HttpRequest, is_chat: bool) -> Response:
+    self.counts["calls"] += 1
     try:
       return await self._answer(request, is_chat)
     except asyncio.CancelledError as error:  # the time for shutting down is over

@@ -29,6 +29,8 @@ _OFF: dict[str, tuple[Any, ...]] = {
   "parallel_tool_calls": (True, False), "echo": (False,), "suffix": ("",), "best_of": (1,),
   "modalities": (["text"],),
 }  # fmt: skip
+# What pads the events of a stream, or adds the usage so far to each, changes no sample.
+_STREAM_OPTIONS = ("include_usage", "include_obfuscation", "continuous_usage_stats")
 # What the engine calls what clients call otherwise.
 _FIELDS = {"stop_ids": "stop_token_ids", "prompt_ids": "prompt", "max_new_tokens": "max_tokens"}
 _MESSAGE_CHARS = 300
@@ -119,7 +121,7 @@ def parse_call(
     name = _FIELDS.get(field, field)
     raise ApiError(400, name + str(error)[len(field) :], name) from error
   options = _field(body, "stream_options", dict, None) or {}
-  unknown = next((name for name in options if name != "include_usage"), None)
+  unknown = next((name for name in options if name not in _STREAM_OPTIONS), None)
   if unknown is not None:
     raise ApiError(400, f"stream_options: unknown field {unknown!r:.80}", "stream_options")
   stream = _field(body, "stream", bool, False)
@@ -243,8 +245,8 @@ def _chat_ids(body: dict[str, Any], policy: PolicyLike) -> tuple[int, ...]:
 def _content(content: Any, i: int) -> str:
   """A text, or the texts of a list of parts."""
   if isinstance(content, list):
-    texts = (part for part in content if isinstance(part, dict) and part.get("type") == "text")
-    parts = [part.get("text") for part in texts]
+    objects = [part for part in content if isinstance(part, dict)]
+    parts = [part.get("text") for part in objects if part.get("type", "text") == "text"]
     if parts and len(parts) == len(content) and all(isinstance(part, str) for part in parts):
       return "".join(map(str, parts))
   elif isinstance(content, str):

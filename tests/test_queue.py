@@ -695,10 +695,22 @@ def test_a_callback_that_raises_ends_its_own_request_alone(engine, alone, kind):
     bad.result(timeout=WAIT)
   assert good.result() == alone[SHORT]
   assert engine.stats()["failed"] == before + 1
-  last, told = engine.submit(SHORT), threading.Event()
+  last = engine.submit(SHORT)
   last.add_done_callback(broken)
-  last.add_done_callback(lambda _: told.set())
   assert last.result(timeout=WAIT) == alone[SHORT] == engine.generate([SHORT])[0]
+
+
+def test_a_program_whose_callback_never_returns_ends_all_the_same(engine, alone, monkeypatch):
+  never, gate = threading.Event(), Gate()
+  monkeypatch.setattr("awf.sampler.engine.EXIT_SECONDS", 0.2)
+  own = Engine(TINY, PARAMS, **SIZES)
+  own.submit(SHORT, lambda part: (gate.arrived.set(), never.wait(WAIT)))
+  gate.wait()
+  own._at_exit()
+  assert own.is_alive
+  never.set()
+  own.close()
+  assert not own.is_alive
 
 
 def test_waiting_in_the_engines_own_thread_is_an_error(engine, alone):

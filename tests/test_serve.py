@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import gc
 import json
 import os
 import re
@@ -19,6 +20,10 @@ import openai
 import pytest
 import uvicorn
 from conftest import ROOT, until
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
 from awf.config_io import load_config as read_config
 from awf.policy import QwenPolicy
@@ -28,9 +33,9 @@ from awf.qwen.peft import save_adapter
 from awf.sampler.remote import RemoteLLM
 from awf.sampler.request import Part
 from awf.sampler.text import TextStream
-from awf.serve import Server, _bind
+from awf.serve import Server, _bind, _token
 from awf.serve_answer import Choice
-from awf.serve_app import Service, make_app
+from awf.serve_app import EventStream, Service, make_app
 from awf.types import SamplingParams, UserError
 
 KEY, ORIGIN = "a-token", "https://app.example"
@@ -521,6 +526,62 @@ def test_answers_that_the_end_cuts_off_say_so(caplog):
   assert done == "data: [DONE]" and engine.stats()["cancelled"] == 2
   policy.close()
   assert "Traceback" not in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_a_reader_that_stands_still_does_not_keep_the_server():
+  async def endless():
+    while True:
+      yield {"x": "y" * 20_000}
+      await asyncio.sleep(0)
+
+  app = Starlette(routes=[Route("/", lambda request: EventStream(endless()))])
+  server = Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+  with _bind("127.0.0.1", 0) as bound:
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])), daemon=True)
+    thread.start()
+    with socket.create_connection(bound.getsockname(), timeout=400) as reader:
+      reader.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+      assert reader.recv(100).startswith(b"HTTP/1.1 200")
+      server.should_exit = True
+      thread.join(400)
+      assert not thread.is_alive()
+  gc.collect()  # its connection, which nobody closed
+
+
+def test_a_fault_of_the_server_counts_and_a_client_that_left_does_not(caplog):
+  async def broken(request):
+    raise MemoryError("no more")
+
+  async def left(request):
+    raise ClientDisconnect
+
+  service = Service(None, {"nano": 0}, SamplingParams(), 1 << 20)
+  service.health, service.list_models = broken, left
+  client = TestClient(make_app(service), raise_server_exceptions=False)
+  assert client.get("/health").status_code == 500 and "no more" in caplog.text
+  assert client.get("/v1/models").status_code == 499
+  assert (service.counts["http_requests"], service.counts["http_errors"]) == (2, 1)
+
+
+def test_a_key_of_blanks_opens_nothing(monkeypatch):
+  monkeypatch.setenv("AWF_API_KEY", " \n")
+  with pytest.raises(UserError, match="AWF_API_KEY: expected a key, got blanks"):
+    _token("")
+  assert _token(" own ") == "own"
+  monkeypatch.delenv("AWF_API_KEY")
+  assert _token("") == ""
+
+
+def test_fields_of_openais_stream_options_are_known(client):
+  options = {"include_usage": False, "include_obfuscation": False}
+  content = [{"type": "text", "text": "Tom"}, {"text": " has"}]
+  chunks = list(
+    chat(
+      client, stream=True, stream_options=options, messages=[{"role": "user", "content": content}]
+    )
+  )
+  assert chunks[-1].choices
 
 
 def test_a_port_that_somebody_has_is_refused_before_a_model_is_loaded():

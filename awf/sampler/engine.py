@@ -40,6 +40,7 @@ IN_PLACE = 1 << 20  # most bytes of a layer's keys, of all rows, in the one chun
 TPU_WIDTH = 256  # of both: fewer and larger pieces of a decode step
 PROMPT_BYTES = 3 << 29  # pages for prompts: what all rows could need unless that is more
 STALL_TOKENS, GPU_STALL_TOKENS = 2048, 8192  # most prompt tokens of a dispatch in which rows decode
+EXIT_SECONDS = 60.0  # for a dispatch at the program's end; a callback may never return
 QUEUE = 8192  # completions that may wait for a row unless told otherwise
 COUNTS = ("requests", "completions", "refused", "failed", "prompt_tokens", "tokens")
 
@@ -114,16 +115,16 @@ def _form(tree) -> Hashable:
   return structure, tuple((x.shape, str(x.dtype)) for x in leaves)
 
 
-def _stop(inbox: Inbox, thread: threading.Thread) -> None:
-  """Ends an engine's thread; its running dispatch ends first."""
+def _stop(inbox: Inbox, thread: threading.Thread, seconds: float | None = None) -> None:
+  """Ends an engine's thread; its running dispatch ends first, or is waited for so long."""
   inbox.shut()
-  thread.join()
+  thread.join(seconds)
 
 
 @contextlib.contextmanager
 def _outlived() -> Iterator[None]:
   """Goes on whatever a future's callbacks raise: asyncio's CancelledError and SystemExit pass
-  through `concurrent.futures`, and the thread serves others too.
+  through `concurrent.futures`, which calls no further one, and the thread serves others too.
   """
   try:
     yield
@@ -203,7 +204,7 @@ class Engine:
     self._thread = threading.Thread(target=self._run, name="awf-engine", daemon=True)
     # A thread at work in JAX when the interpreter ends would abort the process. JAX is imported, so
     # this comes before JAX's own end.
-    self._at_exit = functools.partial(_stop, self._inbox, self._thread)
+    self._at_exit = functools.partial(_stop, self._inbox, self._thread, EXIT_SECONDS)
     atexit.register(self._at_exit)
     self._thread.start()
 
@@ -338,7 +339,7 @@ class Engine:
 
   def close(self) -> None:
     """Stops the thread after the running dispatch; unanswered requests fail with RuntimeError."""
-    self._at_exit()
+    _stop(self._inbox, self._thread)
     atexit.unregister(self._at_exit)
 
   def __enter__(self) -> Engine:
@@ -427,7 +428,7 @@ class Engine:
           job.tell(part)
       except BaseException as error:  # the caller's own code: ends its own request
         scheduler.drop(job)
-        self._counts["failed"] += 1
+        self._counts["failed"] += not job.future.cancelled()
         self._end(job, error)
     for job in done:
       if not (job.is_ended or job.future.cancelled()):  # counted before the caller can look

@@ -535,17 +535,21 @@ def test_a_reader_that_stands_still_does_not_keep_the_server():
       yield {"x": "y" * 20_000}
       await asyncio.sleep(0)
 
-  app = Starlette(routes=[Route("/", lambda request: EventStream(endless()))])
-  server = Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
-  with _bind("127.0.0.1", 0) as bound:
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])), daemon=True)
-    thread.start()
-    with socket.create_connection(bound.getsockname(), timeout=400) as reader:
-      reader.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-      assert reader.recv(100).startswith(b"HTTP/1.1 200")
-      server.should_exit = True
-      thread.join(400)
-      assert not thread.is_alive()
+  def ends():
+    app = Starlette(routes=[Route("/", lambda request: EventStream(endless()))])
+    settings = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+    server = Server(settings)
+    with _bind("127.0.0.1", 0) as bound:
+      thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])), daemon=True)
+      thread.start()
+      with socket.create_connection(bound.getsockname(), timeout=400) as reader:
+        reader.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert reader.recv(100).startswith(b"HTTP/1.1 200")
+        server.should_exit = True
+        thread.join(400)
+        return not thread.is_alive()
+
+  assert ends()
   gc.collect()  # its connection, which nobody closed
 
 

@@ -36,7 +36,7 @@ from awf.runtime_setup import cache_dir
 from awf.sampler.cache import init_cache
 from awf.sampler.decode import Shapes, compile_dispatch, empty_work
 from awf.sampler.device import cache_shardings
-from awf.sampler.engine import make_shapes
+from awf.sampler.shapes import make_shapes
 from awf.sharding import abstract, make_mesh, replicated, tree_shardings
 from awf.types import Rollout, UserError
 

@@ -15,7 +15,8 @@ from awf.grpo.attention import block_attend
 from awf.qwen.kernel import serves
 from awf.sampler.cache import init_cache
 from awf.sampler.decode import dispatch, empty_work
-from awf.sampler.engine import GPU_STALL_TOKENS, STALL_TOKENS, Engine, Request, make_shapes
+from awf.sampler.engine import Engine, Request
+from awf.sampler.shapes import GPU_STALL_TOKENS, STALL_TOKENS, make_shapes
 
 ROWS = 8
 

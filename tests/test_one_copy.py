@@ -17,7 +17,7 @@ from awf.qwen.lora import LoRAConfig, init_lora, scaled, stack_adapters
 from awf.qwen.model import init_params
 from awf.sampler.cache import init_cache
 from awf.sampler.decode import compile_dispatch, empty_work
-from awf.sampler.engine import make_shapes
+from awf.sampler.shapes import make_shapes
 from awf.system import System
 from awf.train import Loop
 from awf.types import Rollout

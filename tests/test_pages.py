@@ -13,8 +13,9 @@ from awf.hlo_cost import count_module
 from awf.qwen.lora import LoRAConfig, init_lora, scaled, stack_adapters
 from awf.sampler.cache import init_cache
 from awf.sampler.decode import compile_dispatch, empty_work
-from awf.sampler.engine import Engine, Request, make_shapes
+from awf.sampler.engine import Engine, Request
 from awf.sampler.pages import PageTable
+from awf.sampler.shapes import make_shapes
 
 W = 4  # tokens of a page in the tables below
 

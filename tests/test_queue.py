@@ -22,10 +22,11 @@ from tiny_checkpoint import random_params
 
 from awf.qwen.lora import stack_adapters
 from awf.sampler.decode import COLUMN, FULL, RUNNING
-from awf.sampler.engine import Engine, QueueFull, Request, make_shapes
+from awf.sampler.engine import Engine, QueueFull, Request
 from awf.sampler.job import Job, Waiting
 from awf.sampler.pages import PageTable, Version
 from awf.sampler.scheduler import Scheduler
+from awf.sampler.shapes import make_shapes
 
 PARAMS = random_params(TINY, size=0.3)
 WAIT = 600  # seconds before a test gives up

@@ -13,7 +13,8 @@ from tiny_checkpoint import random_params
 from awf.qwen.config import QwenConfig
 from awf.qwen.lora import LoRAConfig, init_lora, merge, scaled, stack_adapters
 from awf.qwen.model import Qwen, head
-from awf.sampler.engine import Engine, Output, Request, make_shapes
+from awf.sampler.engine import Engine, Output, Request
+from awf.sampler.shapes import make_shapes
 
 V, CONTEXT, ROWS = 60, 256, 32
 TINY = QwenConfig(

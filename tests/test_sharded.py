@@ -20,7 +20,7 @@ from awf.qwen.quant import QuantConfig, quantise
 from awf.sampler.cache import init_cache
 from awf.sampler.decode import compile_dispatch, empty_work
 from awf.sampler.device import cache_shardings
-from awf.sampler.engine import make_shapes
+from awf.sampler.shapes import make_shapes
 from awf.sharding import make_mesh, tree_shardings
 
 KIND = LoRAConfig(3, 6.0)
